@@ -1,0 +1,139 @@
+"""Settings of the algorithm, and the one function that turns a mapping into settings or into a clear ConfigError.
+
+No torch here: the control plane checks the shape of a run.yaml without it. Objective options are checked where
+objectives are built (`sapo_learner.objectives.build`).
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sapo_learner.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every settings model: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ObjectiveSettings(BaseModel):
+    """`objective: {name: sapo, tau_neg: 1.1}`: every key but `name` is an option of that objective."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str = "sapo"
+    """File name of the objective in sapo_learner/objectives."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class AdvantageSettings(Settings):
+    std: Literal["population", "sample", "none"] = "population"
+    """Divide by this standard deviation of the group's rewards (ddof 0 or 1), or not at all."""
+    eps: float = Field(default=1e-6, gt=0)
+    """Added to the standard deviation."""
+
+
+class AggregationSettings(Settings):
+    mode: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    """sequence_mean: mean over tokens, then over responses (the SAPO paper). token_mean: mean over all tokens."""
+    normalise_by: Literal["step", "signal"] = "step"
+    """Whether groups without reward spread count in the denominators (step) or not (signal)."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient is scaled down to this global L2 norm."""
+    warmup_steps: int = Field(default=5, ge=0)
+    """The learning rate rises linearly over this many steps."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up; linear and cosine end at `final_fraction` in the run's last step."""
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
+class CheckpointSettings(Settings):
+    every: int = Field(default=10, ge=1)
+    """Optimizer steps between checkpoints."""
+    keep: int = Field(default=3, ge=1)
+    """How many of the newest checkpoints stay on disk."""
+
+
+class LearnerSettings(Settings):
+    """Everything that decides what the weights become, given the log."""
+
+    steps: int = Field(default=100, ge=1)
+    """Optimizer steps of the run."""
+    groups_per_step: int = Field(default=32, ge=1)
+    max_policy_age: int = Field(default=8, ge=0)
+    """Optimizer steps between the policy that sampled a token and the update that uses it: the upper bound."""
+    microbatch_tokens: int = Field(default=16384, ge=1)
+    """Padded tokens per forward pass; a response longer than this gets a pass of its own."""
+    seed: int = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
+    """torch threads of the learner process."""
+    deterministic: bool = True
+    """Ask torch for deterministic kernels (bit-exact on CPU)."""
+    objective: ObjectiveSettings = ObjectiveSettings()
+    advantages: AdvantageSettings = AdvantageSettings()
+    aggregation: AggregationSettings = AggregationSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="after")
+    def _warm_up_fits(self) -> "LearnerSettings":
+        if self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
+            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of {self.steps} steps")
+        return self
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(model: type[Model], data: Mapping[str, Any], *, where: str) -> Model:
+    """Validate `data`, or raise one ConfigError naming every wrong key, its place and the nearest right name."""
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(model, data, each) for each in error.errors()), where=where) from None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """"did you mean 'x'?", or the list of what exists when nothing is near."""
+    known = sorted(names)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _sentence(model: type[BaseModel], data: Mapping[str, Any], error: Mapping[str, Any]) -> str:
+    path = [str(part) for part in error["loc"]]
+    dotted = ".".join(path) or "configuration"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {dotted!r}, {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
+    if error["type"] == "missing":
+        return f"{dotted!r} is required"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{dotted!r}: {message}" if error["type"] == "value_error" else f"{dotted!r}: {message}, got {error['input']!r}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the model that `path` leads to from `model`."""
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        candidates = [annotation, *get_args(annotation)]
+        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if found is None:
+            return []
+        model = found
+    return list(model.model_fields)
