@@ -63,6 +63,36 @@ class OptimizerSettings(Settings):
     final_fraction: float = Field(default=0.1, ge=0, le=1)
 
 
+class WarmStartSettings(Settings):
+    """How the built-in tiny policy learns the task, then a bad habit, before RL begins."""
+
+    batch: int = Field(default=64, ge=1)
+    """Demonstrations per step."""
+    clean_steps: int = Field(default=700, ge=1)
+    clean_extra_steps: int = Field(default=200, ge=1)
+    """Further steps, as often as needed, while held-out accuracy is below the target."""
+    clean_limit: int = Field(default=2300, ge=1)
+    clean_learning_rate: float = Field(default=4e-3, gt=0)
+    clean_target: float = Field(default=0.95, gt=0, le=1)
+    habit_steps: int = Field(default=25, ge=1)
+    """Steps between two measurements of the habit phase."""
+    habit_limit: int = Field(default=200, ge=1)
+    habit_learning_rate: float = Field(default=5e-4, gt=0)
+    habit_target: float = Field(default=0.40, ge=0, lt=1)
+    habit_share: float = Field(default=0.6, ge=0, le=1)
+    """Share of habit demonstrations that skip the reasoning and guess."""
+    samples: int = Field(default=2000, ge=1)
+    """Sampled responses behind each accuracy, at least."""
+
+
+class PolicySettings(Settings):
+    source: str = "tiny"
+    """Directory of a Hugging Face causal language model, or "tiny": the built-in one, warm-started on the task."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the published snapshots, which engines sample with."""
+    warm_start: WarmStartSettings = WarmStartSettings()
+
+
 class CheckpointSettings(Settings):
     every: int = Field(default=10, ge=1)
     """Optimizer steps between checkpoints."""
@@ -70,9 +100,7 @@ class CheckpointSettings(Settings):
     """How many of the newest checkpoints stay on disk."""
 
 
-class LearnerSettings(Settings):
-    """Everything that decides what the weights become, given the log."""
-
+class TrainingSettings(Settings):
     steps: int = Field(default=100, ge=1)
     """Optimizer steps of the run."""
     groups_per_step: int = Field(default=32, ge=1)
@@ -80,21 +108,26 @@ class LearnerSettings(Settings):
     """Optimizer steps between the policy that sampled a token and the update that uses it: the upper bound."""
     microbatch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens per forward pass; a response longer than this gets a pass of its own."""
-    seed: int = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1)
     """torch threads of the learner process."""
     deterministic: bool = True
     """Ask torch for deterministic kernels (bit-exact on CPU)."""
+
+
+class LearnerSettings(Settings):
+    """Everything that decides what the weights become, given the log."""
+
+    training: TrainingSettings = TrainingSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     advantages: AdvantageSettings = AdvantageSettings()
     aggregation: AggregationSettings = AggregationSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
 
     @model_validator(mode="after")
     def _warm_up_fits(self) -> "LearnerSettings":
-        if self.optimizer.warmup_steps >= self.steps and self.optimizer.schedule != "constant":
-            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of {self.steps} steps")
+        warmup, steps = self.optimizer.warmup_steps, self.training.steps
+        if warmup >= steps and self.optimizer.schedule != "constant":
+            raise ValueError(f"optimizer.warmup_steps {warmup} leaves nothing of training.steps {steps}")
         return self
 
 
@@ -110,7 +143,7 @@ def parse(model: type[Model], data: Mapping[str, Any], *, where: str) -> Model:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """"did you mean 'x'?", or the list of what exists when nothing is near."""
+    """ "did you mean 'x'?", or the list of what exists when nothing is near."""
     known = sorted(names)
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
@@ -124,7 +157,9 @@ def _sentence(model: type[BaseModel], data: Mapping[str, Any], error: Mapping[st
     if error["type"] == "missing":
         return f"{dotted!r} is required"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{dotted!r}: {message}" if error["type"] == "value_error" else f"{dotted!r}: {message}, got {error['input']!r}"
+    return (
+        f"{dotted!r}: {message}" if error["type"] == "value_error" else f"{dotted!r}: {message}, got {error['input']!r}"
+    )
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -1,0 +1,117 @@
+"""Groups -> TrainingBatch: the only place where numbers become tensors.
+
+A microbatch holds whole responses of similar length as rows (prompt + response, padded on the right), and the packed
+[T] view of their response tokens that objectives work on. A response is never split, a group may be.
+Shape letters: B rows, L padded length, T packed response tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sapo_learner.aggregation import StepCounts
+from sapo_learner.config import AggregationSettings
+from sapo_learner.trajectory import Trajectory, TrajectoryGroup
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward pass needs; row-wise tensors are [B, L], packed ones [T]."""
+
+    input_ids: Tensor  # [B, L] int64
+    attention_mask: Tensor  # [B, L] bool, False = padding
+    predictor: Tensor  # [T] int64: index into the flattened [B * L] positions whose hidden state predicts the token
+    targets: Tensor  # [T] int64 token ids
+    behaviour_logprobs: Tensor  # [T] float32
+    advantages: Tensor  # [T] float32
+    loss_mask: Tensor  # [T] bool
+    sequence_ids: Tensor  # [T] int64, unique over the step
+    policy_age: Tensor  # [T] int64, optimizer steps
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One optimizer step's data: microbatches with signal, and the counts that normalise the whole step."""
+
+    microbatches: tuple[Microbatch, ...]
+    counts: StepCounts
+
+
+@dataclass(frozen=True)
+class _Row:
+    prompt_ids: NDArray[np.int32]
+    response: Trajectory
+    advantage: float
+    sequence_id: int
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response.token_ids)
+
+
+def collate(
+    groups: Sequence[TrajectoryGroup],
+    advantages: Sequence[NDArray[np.float64]],
+    *,
+    step: int,
+    microbatch_tokens: int,
+    normalise_by: str = AggregationSettings().normalise_by,
+) -> TrainingBatch:
+    """Pack the responses of all groups whose advantages are not all zero.
+
+    advantages: one [G] array per group. step: optimizer steps done before this one, from which ages are counted.
+    microbatch_tokens: bound on B * L. normalise_by "step": groups without signal count in the denominators.
+    """
+    rows: list[_Row] = []
+    sequences = tokens = sequence_id = 0
+    for group, group_advantages in zip(groups, advantages, strict=True):
+        signal = bool(np.any(group_advantages != 0))
+        for trajectory, advantage in zip(group.trajectories, group_advantages, strict=True):
+            learnt = int(trajectory.loss_mask.sum())
+            if signal or normalise_by == "step":
+                sequences += learnt > 0
+                tokens += learnt
+            if signal and learnt > 0:
+                rows.append(_Row(group.prompt_ids, trajectory, float(advantage), sequence_id))
+            sequence_id += 1
+    microbatches = tuple(_microbatch(part, step) for part in _buckets(rows, microbatch_tokens))
+    return TrainingBatch(microbatches, StepCounts(sequences=sequences, tokens=tokens))
+
+
+def _buckets(rows: list[_Row], budget: int) -> list[list[_Row]]:
+    """Rows of similar length together, so that little is padding; at most `budget` padded tokens, at least one row."""
+    buckets: list[list[_Row]] = []
+    for row in sorted(rows, key=lambda each: -each.length):  # stable: equal lengths keep the log's order
+        if buckets and (len(buckets[-1]) + 1) * buckets[-1][0].length <= budget:
+            buckets[-1].append(row)
+        else:
+            buckets.append([row])
+    return buckets
+
+
+def _microbatch(rows: list[_Row], step: int) -> Microbatch:
+    width = rows[0].length
+    input_ids = np.zeros((len(rows), width), np.int64)
+    attention_mask = np.zeros((len(rows), width), np.bool_)
+    predictor = []
+    for index, row in enumerate(rows):
+        input_ids[index, : row.length] = np.concatenate([row.prompt_ids, row.response.token_ids])
+        attention_mask[index, : row.length] = True
+        first = index * width + len(row.prompt_ids) - 1  # the last prompt token predicts the first response token
+        predictor.append(np.arange(first, first + len(row.response.token_ids)))
+    lengths = [len(row.response.token_ids) for row in rows]
+    return Microbatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        predictor=torch.from_numpy(np.concatenate(predictor)),
+        targets=torch.from_numpy(np.concatenate([row.response.token_ids for row in rows]).astype(np.int64)),
+        behaviour_logprobs=torch.from_numpy(np.concatenate([row.response.behaviour_logprobs for row in rows])),
+        advantages=torch.from_numpy(np.repeat([row.advantage for row in rows], lengths).astype(np.float32)),
+        loss_mask=torch.from_numpy(np.concatenate([row.response.loss_mask for row in rows])),
+        sequence_ids=torch.from_numpy(np.repeat([row.sequence_id for row in rows], lengths)),
+        policy_age=torch.from_numpy(step - np.concatenate([row.response.token_steps() for row in rows])),
+    )

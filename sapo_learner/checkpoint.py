@@ -1,0 +1,256 @@
+"""Everything needed to go on exactly: weights, optimizer, random state, and the place in the log, as one directory.
+
+    step-<step>-<token>/  model.safetensors  optimizer.safetensors  rng.safetensors  checkpoint.json
+
+checkpoint.json names size and SHA-256 of the others and of itself. A directory gets its name only after everything in
+it is on the disk, so whatever has that name is whole, unless the disk lost something later.
+
+Newest means highest (token, step), not highest step. A newer token is a later writer, and that writer may have gone
+back on purpose: after a restore of step 10 its step 12 continues the run, and step 20 of the writer before is the
+branch that was left (I7). The same rule decides what `prune` keeps.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sapo_learner.errors import Corrupt, Fenced, NotFound
+from sapo_learner.manifest import Blob
+from sapo_learner.segment import fsync
+from sapo_learner.snapshot import save_tensors
+
+_FORMAT = 1
+_FACTS = "checkpoint.json"
+_TENSORS = ("model", "optimizer", "rng")
+_NAME = re.compile(r"step-(\d{8,})-(\d{8,})")
+_TEMPORARY = ".tmp-"
+
+
+@dataclass
+class CheckpointState:
+    """step: optimizer steps done. cursor, chain: last log entry consumed and the log's hash there.
+
+    model, optimizer, rng: flat names -> tensors that share no storage. ledger, environment (torch version, threads,
+    world size, ...), published and extra must survive JSON; floats do exactly.
+    """
+
+    step: int
+    cursor: int
+    chain: str
+    ledger: dict[str, int]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    environment: dict[str, Any] = field(default_factory=dict)
+    published: list[Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    step: int
+    token: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """`reason` says why newer checkpoints were passed over; empty when there was none."""
+
+    state: CheckpointState
+    found: Found
+    reason: str
+
+
+def save(directory: Path, state: CheckpointState, *, token: int) -> Path:
+    """Write `state` as the checkpoint of `token` at its step and return its directory; durable (fsync) on return.
+
+    A whole checkpoint of the same step and token is left as it is: the same writer at the same step has the same
+    state. Raises Fenced when a newer token has a checkpoint, OSError when the disk is full (nothing stays behind).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _refuse_if_fenced(directory, token)
+    final = directory / f"step-{state.step:08d}-{token:08d}"
+    if final.exists():
+        try:
+            _verified(final)
+            return final
+        except Corrupt:
+            shutil.rmtree(final)
+    _clear_leftovers(directory, token)
+    temporary = directory / f"{_TEMPORARY}{final.name}"
+    temporary.mkdir()
+    try:
+        _write(temporary, state)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync(directory)
+    return final
+
+
+def list_whole(directory: Path) -> list[Found]:
+    """Checkpoints whose files are all there with the right sizes, newest first. Digests are checked on loading."""
+    return [found for found in _named(directory) if _sizes_fit(found.path)]
+
+
+def load(path: Path) -> CheckpointState:
+    """Read a checkpoint, checking every digest. Tensors are on the CPU.
+
+    Raises Corrupt naming the file and another checkpoint to try, NotFound when there is no such directory.
+    """
+    if not path.is_dir():
+        raise NotFound("no such checkpoint", where=str(path))
+    facts = _verified(path)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in _TENSORS:
+        try:
+            tensors[name] = load_file(path / f"{name}.safetensors")
+        except safetensors.SafetensorError as error:
+            raise _corrupt(path / f"{name}.safetensors", str(error)) from None
+    rest: dict[str, Any] = {
+        each.name: facts[each.name] for each in fields(CheckpointState) if each.name not in _TENSORS
+    }
+    return CheckpointState(**(rest | tensors))
+
+
+def load_newest(
+    directory: Path, step: int | None = None, *, belongs: Callable[[int, str], bool] | None = None
+) -> Loaded:
+    """The newest checkpoint (of `step`, if given) that is whole, and why newer ones were passed over.
+
+    belongs: (cursor, chain) -> whether the log has that chain there; a checkpoint of a branch that the log left, after
+    Redis was lost, must not be resumed. Raises NotFound when there is no checkpoint, Corrupt when none can be used.
+    """
+    candidates = [found for found in _named(directory) if step is None or found.step == step]
+    if not candidates:
+        steps = ", ".join(sorted({str(found.step) for found in _named(directory)}, key=int)) or "none"
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise NotFound(f"no {wanted}", where=str(directory), fix=f"steps here: {steps}")
+    passed = []
+    for found in candidates:
+        try:
+            state = load(found.path)
+        except Corrupt as error:
+            passed.append(f"{error.where}: {error.what}")
+            continue
+        if belongs is None or belongs(state.cursor, state.chain):
+            return Loaded(state, found, "; ".join(passed))
+        passed.append(f"{found.path}: the log has another chain at entry {state.cursor}")
+    raise Corrupt("no usable checkpoint: " + "; ".join(passed), where=str(directory), fix="restore one from a copy")
+
+
+def prune(directory: Path, keep: int, *, saved: Path | None = None) -> list[Path]:
+    """Delete all but the `keep` newest whole checkpoints, never `saved`; returns what was deleted.
+
+    Damaged ones newer than the oldest kept stay, for a person to look at, and do not count.
+    """
+    whole = list_whole(directory)
+    if len(whole) <= keep:
+        return []
+    oldest = whole[max(keep, 1) - 1]
+    doomed = [each.path for each in _named(directory) if _age(each) < _age(oldest) and each.path != saved]
+    for path in doomed:
+        hidden = path.rename(path.with_name(f"{_TEMPORARY}{path.name}"))  # half deleted must not look whole
+        shutil.rmtree(hidden)
+    return doomed
+
+
+def _write(directory: Path, state: CheckpointState) -> None:
+    """All files of a checkpoint, each on the disk, and then the directory."""
+    files = {}
+    for name in _TENSORS:
+        path = directory / f"{name}.safetensors"
+        save_tensors(getattr(state, name), path)
+        fsync(path)
+        files[path.name] = Blob.of(path).model_dump()
+    facts = {each.name: getattr(state, each.name) for each in fields(state) if each.name not in _TENSORS}
+    facts |= {"format": _FORMAT, "files": files}
+    path = directory / _FACTS
+    path.write_text(json.dumps(facts | {"digest": _digest(facts)}, indent=1, allow_nan=False))
+    fsync(path)
+    fsync(directory)
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """checkpoint.json, after checking it and every file it names. Raises Corrupt."""
+    facts = _facts(path)
+    for name, expected in facts["files"].items():
+        try:
+            actual = Blob.of(path / name)
+        except FileNotFoundError:
+            raise _corrupt(path / name, "missing") from None
+        if actual.model_dump() != expected:
+            raise _corrupt(path / name, f"digest {actual.sha256}, {actual.size} bytes; expected {expected}")
+    return facts
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((path / _FACTS).read_bytes())
+        digest = facts.pop("digest")
+        if digest == _digest(facts) and facts["format"] == _FORMAT:
+            return dict(facts)
+    except FileNotFoundError:
+        raise _corrupt(path / _FACTS, "missing") from None
+    except (ValueError, AttributeError, KeyError, TypeError):
+        pass
+    raise _corrupt(path / _FACTS, "does not check out, or is of another version")
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _corrupt(file: Path, what: str) -> Corrupt:
+    others = [each.path.name for each in list_whole(file.parent.parent) if each.path != file.parent]
+    fix = f"try {others[0]}" if others else "there is no other checkpoint here; restore one from a copy"
+    return Corrupt(what, where=str(file), fix=fix)
+
+
+def _sizes_fit(path: Path) -> bool:
+    """The cheap half of `_verified`."""
+    try:
+        files = json.loads((path / _FACTS).read_bytes())["files"]
+        return all((path / name).stat().st_size == blob["size"] for name, blob in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _clear_leftovers(directory: Path, token: int) -> None:
+    """Delete what a killed `save` or `prune` left; not the work in progress of a newer writer."""
+    for path in directory.glob(f"{_TEMPORARY}*"):
+        match = _NAME.fullmatch(path.name.removeprefix(_TEMPORARY))
+        if match and int(match[2]) <= token:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _named(directory: Path) -> list[Found]:
+    """Every directory with a checkpoint's name, newest first."""
+    matches = [(path, _NAME.fullmatch(path.name)) for path in directory.glob("step-*") if path.is_dir()]
+    return sorted((Found(int(m[1]), int(m[2]), path) for path, m in matches if m), key=_age, reverse=True)
+
+
+def _age(found: Found) -> tuple[int, int]:
+    """Rises with time; see the module's docstring for why the token comes first."""
+    return found.token, found.step
+
+
+def _refuse_if_fenced(directory: Path, token: int) -> None:
+    newest = max((found.token for found in _named(directory)), default=0)
+    if newest > token:
+        raise Fenced(
+            f"a learner with token {newest} saves here, ours is {token}",
+            where=str(directory),
+            fix="stop this process; the newer one goes on",
+        )

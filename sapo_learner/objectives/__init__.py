@@ -1,0 +1,153 @@
+"""What an objective is: a pure function from the tokens of a step or microbatch to one loss per token.
+
+    objective = build("sapo", tau_pos=1.0, tau_neg=1.05)
+    surrogate = objective(tokens)
+    loss = (token_weights(tokens, "sequence_mean", counts) * surrogate.loss).sum()      # sapo_learner.aggregation
+
+To add one, add one file here. It holds one subclass of `Objective`, whose fields are its options; its name in run.yaml
+is the name of the file. Nothing is registered, and the contract tests find it.
+
+Shape letter: T = packed tokens, several responses one after the other.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from sapo_learner.config import Settings, did_you_mean, parse
+from sapo_learner.errors import ConfigError
+
+#: |log ratio| beyond which a token has no gradient. exp(20) is finite in float32 with room for a product, and the true
+#: SAPO gradient is below 1e-8 on both sides. Without it exp overflows and the gate's derivative is 0 * inf = NaN.
+LOG_RATIO_LIMIT = 20.0
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Input of an objective, every tensor [T]. All tokens of one response are here, never a part of them.
+
+    At masked slots (prompt, tool output, padding) every float may hold anything, NaN included: it reaches neither a
+    value nor a gradient. Read them through `log_ratio` and `masked_advantages`.
+    """
+
+    logprobs: Tensor
+    """[T] float: log pi_theta of each token under the policy being trained; carries the gradient."""
+    behaviour_logprobs: Tensor
+    """[T] float: log pi_old, as the engine recorded it when it sampled the token."""
+    advantages: Tensor
+    """[T] float: the response's advantage on each of its tokens."""
+    loss_mask: Tensor
+    """[T] bool: False = prompt, tool output, padding."""
+    sequence_ids: Tensor
+    """[T] int64: any number, shared by the tokens of one response and by no other."""
+    proximal_logprobs: Tensor | None = None
+    """[T] float: log-probs under the policy at the start of the step, for objectives that separate it from pi_old."""
+    entropy: Tensor | None = None
+    """[T] float: entropy of the current policy at each token, nats, without gradient."""
+    policy_age: Tensor | None = None
+    """[T] int: optimizer steps between the policy that sampled the token and this update."""
+
+    def __post_init__(self) -> None:
+        if self.logprobs.ndim != 1:
+            raise ValueError(f"logprobs has shape {tuple(self.logprobs.shape)}, not [T]")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape != self.logprobs.shape:
+                raise ValueError(f"{field.name} has shape {tuple(value.shape)}, logprobs {tuple(self.logprobs.shape)}")
+        if not self.logprobs.is_floating_point():
+            raise ValueError(f"logprobs is {self.logprobs.dtype}, not a float")
+        if self.loss_mask.dtype != torch.bool or self.sequence_ids.dtype != torch.int64:
+            raise ValueError(
+                f"loss_mask is {self.loss_mask.dtype} (bool), sequence_ids {self.sequence_ids.dtype} (int64)"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of everything computed from these tokens: float64 stays, anything narrower becomes float32."""
+        return torch.promote_types(self.logprobs.dtype, torch.float32)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """[T] log pi_theta - log pi_old, within +-LOG_RATIO_LIMIT and 0 at masked slots; carries the gradient."""
+        return self._unclamped_log_ratio().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    @property
+    def clamped(self) -> Tensor:
+        """[T] 1 where `log_ratio` was cut off, and with it the token's gradient; else 0. A diagnostic of the data, the
+        same under every objective, so whoever holds the tokens reports it."""
+        return (self._unclamped_log_ratio().detach().abs() > LOG_RATIO_LIMIT).to(self.dtype)
+
+    @property
+    def masked_advantages(self) -> Tensor:
+        """[T] advantages in `dtype`, constants, 0 at masked slots, so that the loss there is 0."""
+        return torch.where(self.loss_mask, self.advantages.detach().to(self.dtype), 0.0)
+
+    @property
+    def sequence_lengths(self) -> Tensor:
+        """[T] |y_i|, the number of unmasked tokens in each token's own response; 0 where it has none."""
+        return self._sequence_sum(self.loss_mask.to(self.dtype))
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """[T] mean of `values` [T] over the unmasked tokens of each token's own response; 0 where it has none."""
+        total = self._sequence_sum(torch.where(self.loss_mask, values, 0.0))
+        return total / self.sequence_lengths.clamp(min=1)
+
+    def _unclamped_log_ratio(self) -> Tensor:
+        # The mask comes before anything non-linear: a derivative of 0 * inf behind a later mask would still be NaN.
+        difference = self.logprobs.to(self.dtype) - self.behaviour_logprobs.detach().to(self.dtype)
+        return torch.where(self.loss_mask, difference, 0.0)
+
+    def _sequence_sum(self, values: Tensor) -> Tensor:
+        """[T] sum of `values` [T] over each token's own response."""
+        ids, index = torch.unique(self.sequence_ids, return_inverse=True)
+        return values.new_zeros(len(ids)).index_add(0, index, values)[index]
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """Output of an objective.
+
+    loss: [T] per-token loss to minimise, in `Tokens.dtype`, 0 at masked slots; a sum of it means something only under
+    the weights of `sapo_learner.aggregation`.
+
+    diagnostics: what this objective alone can tell, by name, each [T] in `Tokens.dtype`, without gradient. They are per
+    token so that the learner can average them over the unmasked tokens of the whole step, by sign of the advantage or
+    by policy age. Yes-or-no answers are 1 and 0, so that their average is a fraction.
+    """
+
+    loss: Tensor
+    diagnostics: dict[str, Tensor]
+
+
+class Objective(Settings, ABC):
+    """Base of every objective. Fields are its options, checked on construction; the call is pure and holds no state."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @abstractmethod
+    def __call__(self, tokens: Tokens) -> Surrogate: ...
+
+
+def available() -> list[str]:
+    """Names of all objectives, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def build(name: str, **options: Any) -> Objective:
+    """The objective in the file `name`, with `options` in place of its defaults. ConfigError if either is unknown."""
+    if name not in available():
+        raise ConfigError(f"unknown objective {name!r}, {did_you_mean(name, available())}", where="objective.name")
+    return parse(_class_in(name), options, where=f"objective {name!r}")
+
+
+def _class_in(name: str) -> type[Objective]:
+    module = importlib.import_module(f"{__name__}.{name}")
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Objective)]
+    (objective,) = (each for each in classes if each.__module__ == module.__name__)  # not those it imports
+    return objective

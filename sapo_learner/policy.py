@@ -1,0 +1,167 @@
+"""The model: any Hugging Face causal language model in a directory, or a tiny Qwen3 built here.
+
+Shape letters: B rows, L padded length, H hidden width, V vocabulary.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from transformers.utils import logging as transformers_logging
+
+from sapo_learner.errors import ConfigError, Mismatch
+from sapo_learner.manifest import TOKENIZER_FILES
+
+transformers_logging.disable_progress_bar()  # services log; they do not draw
+
+MODEL_FILES = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model, its tokenizer, and the small files that describe both (by name, as bytes)."""
+
+    model: Any  # a transformers causal language model
+    tokenizer: Any
+    files: Mapping[str, bytes]
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids the model knows, V."""
+        return int(self.head_weight.shape[0])
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end a response."""
+        configured = self.model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        return frozenset(each for each in [*ids, self.tokenizer.eos_token_id] if each is not None)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H]: the output projection (the embedding itself when tied)."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V], or None: the bias of the output projection."""
+        bias: Tensor | None = getattr(self.model.get_output_embeddings(), "bias", None)
+        return bias
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, L] int64 and [B, L] bool (False = padding on the right) -> [B, L, H], before the output projection."""
+        output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that makes up the policy, by name, tied ones once."""
+        seen: dict[int, str] = {}
+        state = self.model.state_dict()
+        for name, tensor in state.items():
+            seen.setdefault(tensor.data_ptr(), name)
+        return {name: state[name] for name in seen.values()}
+
+
+def load_policy(directory: Path, *, weights: bool = True) -> Policy:
+    """Read a Hugging Face model directory as float32; `weights=False` leaves the model as initialised.
+
+    Raises ConfigError when the directory is not one, or when the model's logits are not a plain projection of its
+    last hidden states (soft-capping, scaling), which log-probs from hidden states would silently miss.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            "no config.json there",
+            where=f"policy {directory}",
+            fix="give the directory of a Hugging Face causal language model, or 'tiny' for the built-in one",
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        model = (
+            AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+            if weights
+            else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"transformers cannot load it: {error}", where=f"policy {directory}") from error
+    model.eval()
+    names = [name for name in (*MODEL_FILES, *sorted(TOKENIZER_FILES)) if (directory / name).is_file()]
+    policy = Policy(model, tokenizer, {name: (directory / name).read_bytes() for name in names})
+    _require_plain_head(policy, directory)
+    return policy
+
+
+def load_weights(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a snapshot's tensors into the model; a missing or unknown name raises Mismatch."""
+    own = policy.tensors()
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise Mismatch(f"tensors differ in names: {', '.join(odd[:5])}", fix="is it a snapshot of another model?")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def write_policy(policy: Policy, directory: Path) -> None:
+    """A directory that `load_policy`, transformers and vLLM read."""
+    policy.model.save_pretrained(directory)
+    policy.tokenizer.save_pretrained(directory)
+
+
+def tiny_policy(alphabet: str, *, seed: int) -> Policy:
+    """A Qwen3 of about 200,000 parameters with one token per character of `alphabet`, freshly initialised."""
+    tokenizer = _character_tokenizer(alphabet)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=32,
+        intermediate_size=256,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["Qwen3ForCausalLM"],
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.eval()
+    return Policy(model, tokenizer, {})
+
+
+def _character_tokenizer(alphabet: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *alphabet])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+
+
+@torch.no_grad()
+def _require_plain_head(policy: Policy, directory: Path) -> None:
+    ids = torch.arange(4)[None] % policy.vocabulary
+    logits = policy.model(input_ids=ids).logits
+    hidden = policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))
+    head = policy.model.get_output_embeddings()
+    if not torch.allclose(head(hidden), logits, atol=1e-4, rtol=1e-4):
+        kind = json.loads(policy.files["config.json"]).get("architectures", ["unknown"])[0]
+        raise ConfigError(
+            f"{kind} changes its logits after the output projection, which training from hidden states would miss",
+            where=f"policy {directory}",
+            fix="use a model without logit soft-capping or scaling",
+        )

@@ -1,0 +1,295 @@
+"""`sapo`: the command line. Every command has --help with examples; errors are one sentence and an exit code."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sapo_learner.errors import ConfigError, NotFound, SapoError
+from services.runtime import lifecycle
+from services.runtime.client import ControlPlaneClient
+from services.runtime.logging import configure
+from services.runtime.settings import Environment, RunConfig, dump_config, load_config
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    help="Asynchronous RL post-training with SAPO. Start with `sapo up deploy/examples/demo.yaml`.",
+)  # fmt: skip
+serve_app = typer.Typer(no_args_is_help=True, help="Run one service, as in a deployment.")
+app.add_typer(serve_app, name="serve")
+console = Console()
+
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="RUN_YAML", help="The run's configuration.")]
+HttpListen = Annotated[str, typer.Option(metavar="HOST:PORT", help="Probes and metrics.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or a control plane's URL.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ANY_PORT = "127.0.0.1:0"
+
+
+@app.command()
+def up(
+    config: ConfigFile,
+    overrides: Set = [],  # noqa: B006 (typer wants a list)
+    again: Annotated[
+        bool, typer.Option("--again", help="If the run is complete or was another one, set it aside and start anew.")
+    ] = False,
+) -> None:
+    """Run everything on this machine: Redis, control plane, ingest, learner and rollout workers.
+
+    Ctrl-C drains and stops; the same command goes on where it stopped.
+
+    Examples:
+
+        sapo up deploy/examples/demo.yaml
+
+        sapo up deploy/examples/demo.yaml --set run.seed=1 --set run.name=demo-1
+    """
+    from services.up import up as run_up
+
+    raise typer.Exit(asyncio.run(run_up(load_config(config, overrides), console, again=again)))
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[Path | None, typer.Argument(metavar="[RUN_YAML]", help="Default: no file, all defaults.")] = None,
+    overrides: Set = [],  # noqa: B006
+) -> None:
+    """Check a configuration and print it in full, every default included.
+
+    Examples:
+
+        sapo config > run.yaml
+
+        sapo config run.yaml --set objective.tau_neg=1.1
+    """
+    resolved = load_config(config, overrides)
+    check_objective(resolved)
+    typer.echo(dump_config(resolved), nl=False)
+
+
+@app.command()
+def status(run: Run, as_json: AsJson = False) -> None:
+    """What runs, how far it is, who waits for what.
+
+    Examples:
+
+        sapo status runs/demo
+
+        SAPO_TOKEN=... sapo status http://control-plane:8080 --json
+    """
+    from services.view import print_status
+
+    answer = asyncio.run(_ask(run, lambda control: control.status()))
+    typer.echo(json.dumps(answer)) if as_json else print_status(console, answer)
+
+
+@app.command()
+def ledger(run: Run, as_json: AsJson = False) -> None:
+    """What became of every accepted group; exits with 1 when the ledger does not balance.
+
+    A directory is audited in full, entry by entry, also while it runs or after it stopped; a URL gives counts.
+
+    Examples:
+
+        sapo ledger runs/demo
+
+        sapo ledger runs/demo --json
+    """
+    if run.startswith(("http://", "https://")):
+        report = asyncio.run(_ask(run, lambda control: control.ledger()))
+    else:
+        from services.run_directory import audit_run
+
+        report = asyncio.run(audit_run(Path(run))).to_dict()
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        for key, value in report.items():
+            console.print(f"{key:>12}  {value}", highlight=False)
+    raise typer.Exit(0 if report["balanced"] else 1)
+
+
+Policy = Annotated[str, typer.Argument(metavar="POLICY", help="RUN, RUN@STEP or a model directory.")]
+Task = Annotated[str, typer.Option(help="Task, for a policy that is not a run's.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
+
+@app.command("eval")
+def evaluate(
+    policy: Policy,
+    samples: Annotated[int, typer.Option(help="Responses, at least; every problem gets equally many.")] = 2000,
+    temperature: float = 1.0,
+    task: Task = "arithmetic",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Held-out pass@1 of a policy, with its standard error.
+
+    Examples:
+
+        sapo eval runs/demo
+
+        sapo eval runs/demo@50 --samples 500 --json
+    """
+    from services.offline import evaluate as run_evaluation
+
+    result = asyncio.run(run_evaluation(policy, samples=samples, temperature=temperature, task_name=task, seed=seed))
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        typer.echo(
+            f"pass@1 {result['pass_at_1']:.4f} ± {result['standard_error']:.4f}  "
+            f"({result['samples']} responses to {result['problems']} held-out problems of {result['task']})"
+        )
+
+
+@app.command()
+def sample(
+    policy: Policy,
+    prompt: Annotated[str, typer.Option(help="The prompt, as text.")],
+    count: Annotated[int, typer.Option(help="Responses.")] = 1,
+    temperature: float = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Token limit of a response.")] = 64,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Sample responses to a prompt, with the log-prob of every token.
+
+    Examples:
+
+        sapo sample runs/demo --prompt '7+5-3='
+
+        sapo sample path/to/model --prompt 'Once upon' --count 4 --temperature 0.7 --json
+    """
+    from services.offline import sample as run_sample
+
+    responses = asyncio.run(
+        run_sample(policy, prompt, count=count, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    )
+    for response in responses:
+        if as_json:
+            typer.echo(json.dumps(response))
+        else:
+            typer.echo(f"{prompt}{response['text']}   ({response['logprob']:.3f} nats, {response['finish_reason']})")
+
+
+@serve_app.command("control-plane")
+def serve_control_plane(
+    config: ConfigFile,
+    overrides: Set = [],  # noqa: B006
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT")] = "127.0.0.1:8080",
+) -> None:
+    """The service that owns the run. Needs SAPO_REDIS_URL and SAPO_TOKEN.
+
+    Example:
+
+        sapo serve control-plane run.yaml --listen 0.0.0.0:8080
+    """
+    from services.control_plane.service import serve
+
+    resolved = load_config(config, overrides)
+    _serve("control-plane", lambda life: serve(life, resolved, Environment(), listen=listen))
+
+
+@serve_app.command("ingest")
+def serve_ingest(
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="gRPC.")] = "127.0.0.1:8081",
+    http_listen: HttpListen = ANY_PORT,
+) -> None:
+    """The gRPC door of the log. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN.
+
+    Example:
+
+        sapo serve ingest --listen 0.0.0.0:8081 --http-listen 0.0.0.0:9101
+    """
+    from services.ingest.service import serve
+
+    _serve("ingest", lambda life: serve(life, Environment(), listen=listen, http_listen=http_listen))
+
+
+@serve_app.command("learner")
+def serve_learner(http_listen: HttpListen = ANY_PORT) -> None:
+    """Trains. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN. Exits with 0 after the run's last step.
+
+    Example:
+
+        sapo serve learner --http-listen 0.0.0.0:9102
+    """
+    from services.learner.service import serve
+
+    _serve("learner", lambda life: serve(life, Environment(), http_listen=http_listen))
+
+
+@serve_app.command("rollout")
+def serve_rollout(
+    name: Annotated[str, typer.Option(help="Unique among the run's workers.")] = "rollout-0",
+    http_listen: HttpListen = ANY_PORT,
+) -> None:
+    """Samples. Needs SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS and SAPO_TOKEN. Join and leave at any time.
+
+    Example:
+
+        sapo serve rollout --name rollout-7
+    """
+    from services.rollout.service import serve
+
+    _serve(name, lambda life: serve(life, Environment(), name=name, http_listen=http_listen))
+
+
+def check_objective(config: RunConfig) -> None:
+    """Build the objective, so that a wrong option is said before anything starts."""
+    from sapo_learner.objectives import build
+
+    build(config.objective.name, **config.objective.options)
+
+
+def _serve(name: str, service: Callable[[lifecycle.Lifecycle], Awaitable[None]]) -> None:
+    configure(name)
+    raise typer.Exit(lifecycle.run(service))
+
+
+async def _ask(run: str, question: Callable[[ControlPlaneClient], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """Put a question to a run's control plane, found by its directory or URL."""
+    from services.run_directory import live_services
+
+    if run.startswith(("http://", "https://")):
+        url, token = run, Environment().require("token")
+    else:
+        if not Path(run).is_dir():
+            raise NotFound("no such directory", where=run, fix="give runs/NAME or a control plane's URL")
+        services = live_services(Path(run))
+        if services is None:
+            raise NotFound(
+                "no `sapo up` runs on this directory", where=run, fix="`sapo ledger` also reads a stopped run"
+            )
+        url, token = services.control_plane_url, services.token
+    async with ControlPlaneClient(url, token, patience=3.0) as control:
+        return await question(control)
+
+
+def main() -> None:
+    """Entry point: errors as one line on standard error, and their exit code."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sapo ... | head` ends quietly
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except SapoError as error:
+        print(f"sapo: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
+
+
+__all__ = ["ConfigError", "app", "main"]

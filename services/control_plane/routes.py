@@ -1,0 +1,92 @@
+"""The HTTP API under /v1: thin routes over ControlPlane. Every one wants the run's token."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from services.control_plane.plane import ControlPlane
+from services.runtime import api
+from services.runtime.http import bearer_check
+
+
+def add_routes(app: FastAPI, plane: ControlPlane, token: str) -> None:
+    router = APIRouter(prefix="/v1", dependencies=[Depends(bearer_check(token))])
+    _run(router, plane)
+    _work(router, plane)
+    _snapshots(router, plane)
+    app.include_router(router)
+
+
+def _run(router: APIRouter, plane: ControlPlane) -> None:
+    @router.get("/config")
+    async def config() -> dict[str, Any]:
+        return plane.config.model_dump(mode="json")
+
+    @router.get("/status")
+    async def status() -> dict[str, Any]:
+        return await plane.status()
+
+    @router.get("/ledger")
+    async def ledger() -> dict[str, Any]:
+        return await plane.ledger()
+
+    @router.get("/events", response_class=EventSourceResponse)
+    async def events() -> AsyncIterator[ServerSentEvent]:
+        async for event in plane.events():
+            yield ServerSentEvent(event="policy", data=event)
+
+
+def _work(router: APIRouter, plane: ControlPlane) -> None:
+    @router.post("/leases")
+    async def lease(body: api.LeaseRequest) -> api.LeaseResponse:
+        return await plane.lease(body)
+
+    @router.post("/leases/release")
+    async def release(body: api.ReleaseRequest) -> dict[str, str]:
+        await plane.release(body)
+        return {}
+
+    @router.post("/workers/heartbeat")
+    async def heartbeat(body: api.Heartbeat) -> api.HeartbeatResponse:
+        return await plane.heartbeat(body)
+
+    @router.post("/evaluations/results")
+    async def evaluated(body: api.ChunkResult) -> dict[str, str]:
+        await plane.evaluated(body)
+        return {}
+
+    @router.post("/learner")
+    async def learner(body: api.LearnerReport) -> dict[str, str]:
+        await plane.learner_reports(body)
+        return {}
+
+
+def _snapshots(router: APIRouter, plane: ControlPlane) -> None:
+    @router.post("/policies")
+    async def publish(body: api.PublishRequest) -> api.PublishResponse:
+        return await plane.publish(body)
+
+    @router.get("/policies/current")
+    async def current() -> dict[str, Any]:
+        return (await plane.policies.current()).model_dump(mode="json")
+
+    @router.get("/policies/{version}")
+    async def manifest(version: int) -> dict[str, Any]:
+        return (await plane.policies.manifest(version)).model_dump(mode="json")
+
+    @router.put("/blobs/{sha256}", status_code=201)
+    async def upload(sha256: str, request: Request) -> dict[str, str]:
+        await plane.policies.blobs.put(sha256, request.stream())
+        return {}
+
+    @router.api_route("/blobs/{sha256}", methods=["GET", "HEAD"])
+    async def download(sha256: str, if_none_match: str = Header(default="")) -> Response:
+        path = plane.policies.blobs.path(sha256)
+        # The name is the digest of the content, so it is the strong validator, and the content never changes.
+        headers = {"ETag": f'"{sha256}"', "Cache-Control": "immutable"}
+        if sha256 in if_none_match:
+            return Response(status_code=304, headers=headers)
+        return FileResponse(path, headers=headers, media_type="application/octet-stream")

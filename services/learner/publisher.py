@@ -1,0 +1,103 @@
+"""Publishes snapshots beside training: at most one in flight and one waiting; the newest waits, those between are skipped."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from sapo_learner.manifest import Manifest
+from sapo_learner.policy import Policy
+from sapo_learner.snapshot import write_snapshot
+from services.runtime import api
+from services.runtime.client import ControlPlaneClient
+from services.runtime.metrics import LearnerMetrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights as they were after a step: copies, because training goes on."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+
+
+def copy_weights(policy: Policy, step: int) -> Snapshot:
+    return Snapshot(step, {name: tensor.detach().clone() for name, tensor in policy.tensors().items()})
+
+
+class Publisher:
+    def __init__(
+        self,
+        control: ControlPlaneClient,
+        policy: Policy,
+        *,
+        dtype: str,
+        staging: Path,
+        token: int,
+        metrics: LearnerMetrics,
+    ) -> None:
+        """staging: a directory of ours, emptied after each upload."""
+        self._control, self._files, self._dtype = control, dict(policy.files), dtype
+        self._vocabulary, self._staging, self._token, self._metrics = policy.vocabulary, staging, token, metrics
+        self._waiting: Snapshot | None = None
+        self._changed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.published_step = -1
+
+    def write_model_directory(self, directory: Path) -> Path:
+        """Configuration and tokenizer as a model directory without weights."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (directory / name).write_bytes(content)
+        return directory
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Publish when the one in flight is done; replaces whatever waits."""
+        if self._waiting is not None:
+            log.info("step %d is not published: step %d overtook it", self._waiting.step, snapshot.step)
+        self._waiting = snapshot
+        self._idle.clear()
+        self._changed.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._waiting is not None:
+                snapshot, self._waiting = self._waiting, None
+                await self.publish(snapshot)
+            self._idle.set()
+
+    async def drain(self) -> None:
+        """Wait until nothing is in flight or waiting."""
+        await self._idle.wait()
+
+    async def publish(self, snapshot: Snapshot) -> Manifest:
+        """Write, upload what is not there yet, register. Raises Corrupt for weights that are not finite."""
+        started = time.monotonic()
+        manifest = await asyncio.to_thread(
+            write_snapshot, snapshot.tensors, step=snapshot.step, dtype=self._dtype, files=self._files,
+            directory=self._staging,
+        )  # fmt: skip
+        for blob in manifest.blobs():
+            await self._control.upload(self._staging / blob.sha256, blob)
+        facts = {
+            "vocabulary": str(self._vocabulary),
+            "model_digest": manifest.model_digest,
+            "tokenizer_digest": manifest.tokenizer_digest,
+        }
+        response = await self._control.publish(
+            api.PublishRequest(token=self._token, manifest=manifest.model_dump(mode="json"), facts=facts)
+        )
+        for part in manifest.parts:
+            (self._staging / part.sha256).unlink(missing_ok=True)
+        self.published_step = snapshot.step
+        self._metrics.publish_seconds.observe(time.monotonic() - started)
+        return manifest.model_copy(update={"version": response.version})

@@ -1,0 +1,86 @@
+"""Copies the log from Redis to the archive, and hands the archive to the training loop as its log.
+
+Append strictly by id, fsync, then one fenced trim of Redis up to there: whatever dies in between, the next reader finds
+every entry in one of the two places, and a repeat is a no-op. When Redis was lost, emptied or replaced by an older one,
+the reader (and only it) rebuilds the log from the archive.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+
+from sapo_learner.archive import Archive, Entry
+from sapo_learner.errors import Corrupt
+from services.runstore import RunStore
+
+log = logging.getLogger(__name__)
+READ_COUNT = 64
+BLOCK_MS = 500
+RETRY_SECONDS = 2.0
+
+
+class Reader:
+    def __init__(self, store: RunStore, archive: Archive, token: int) -> None:
+        self._store, self._archive, self._token = store, archive, token
+
+    async def mend(self) -> None:
+        """Rebuild the log in Redis if it does not go on from the archive."""
+        reason = await self._store.needs_rebuild(self._archive.head)
+        if reason is None:
+            return
+        head = self._archive.head
+        if head.sequence or "generation" not in reason:
+            log.warning("rebuilding the log in Redis from entry %d of the archive: %s", head.sequence, reason)
+        draws = await asyncio.to_thread(lambda: [each.draw for each in self._archive.entries() if each.draw >= 0])
+        await self._store.rebuild(self._token, head, draws)
+
+    async def run(self) -> None:
+        said = False
+        while True:
+            entries = await self._store.read(self._archive.head.sequence, READ_COUNT, BLOCK_MS)
+            if not entries:
+                await self.mend()
+                continue
+            try:
+                await asyncio.to_thread(self._archive.append, entries)
+                said = False
+            except Corrupt:
+                if await self._store.needs_rebuild(self._archive.head) is None:
+                    raise
+                await self.mend()
+            except OSError as error:
+                if not said:
+                    log.error("archive %s: %s; reading stops until there is room", self._archive.directory, error)
+                said = True
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            await self._store.trim(self._token, self._archive.head)
+
+
+class ArchiveLog:
+    """sapo_learner.train.Log over the archive: blocks the training thread until a step's entries are there."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._stopping = threading.Event()
+        self.waited_seconds = 0.0
+        self.waiting_for = ""
+
+    def next(self, after: int, count: int) -> list[Entry] | None:
+        started = time.monotonic()
+        try:
+            while not self._stopping.is_set():
+                have = self._archive.head.sequence - after
+                if have >= count:
+                    return self._archive.read(after, count)
+                self.waiting_for = f"groups: {have} of {count}"
+                self._archive.wait(after + count - 1, timeout=0.2)
+            return None
+        finally:
+            self.waited_seconds += time.monotonic() - started
+            self.waiting_for = ""
+
+    def stop(self) -> None:
+        """Let `next` return None, now and from now on."""
+        self._stopping.set()

@@ -1,0 +1,172 @@
+"""`sapo serve learner`: reads the log, trains, checkpoints, publishes.
+
+event loop          reader (Redis -> archive), publisher (snapshot -> control plane), reporter, probes
+training thread     TrainingSession: blocks on the archive, steps, checkpoints
+"""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sapo_learner.archive import Archive
+from sapo_learner.errors import NotFound
+from sapo_learner.ledger import Ledger
+from sapo_learner.policy import load_policy
+from sapo_learner.train import StepReport
+from services.learner.base_policy import base_policy
+from services.learner.behaviour_probe import BehaviourProbe
+from services.learner.publisher import Publisher, Snapshot, copy_weights
+from services.learner.reader import Reader
+from services.learner.session import TrainingSession, staging_directory
+from services.runstore import RunStore
+from services.runtime import api
+from services.runtime.client import ControlPlaneClient
+from services.runtime.http import probe_app, serving
+from services.runtime.lifecycle import Lifecycle
+from services.runtime.metrics import LearnerMetrics
+from services.runtime.settings import Environment, RunConfig
+
+log = logging.getLogger(__name__)
+PATIENCE_SECONDS = 600.0  # training goes on from the archive while the control plane is away
+
+
+async def serve(lifecycle: Lifecycle, environment: Environment, *, http_listen: str) -> None:
+    token = environment.require("token")
+    metrics = LearnerMetrics()
+    async with (
+        serving(probe_app(lifecycle, metrics.registry), http_listen),
+        ControlPlaneClient(environment.require("control_plane_url"), token, patience=PATIENCE_SECONDS) as control,
+    ):
+        lifecycle.wait_for("start", "the control plane's configuration")
+        config = await control.config()
+        lifecycle.wait_for("start", "Redis")
+        async with await RunStore.connect(environment.require("redis_url"), config.run.name) as store:
+            await _Service(lifecycle, config, control, store, metrics).run()
+
+
+class _Service:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        config: RunConfig,
+        control: ControlPlaneClient,
+        store: RunStore,
+        metrics: LearnerMetrics,
+    ) -> None:
+        self._lifecycle, self._config, self._control = lifecycle, config, control
+        self._store, self._metrics = store, metrics
+        self._reports: asyncio.Queue[tuple[dict[str, Any], StepReport]] = asyncio.Queue()
+        self._session: TrainingSession
+        self._probe: BehaviourProbe | None = None
+
+    async def run(self) -> None:
+        config, directory = self._config, self._config.run.directory
+        torch.set_num_threads(config.training.threads)
+        torch.use_deterministic_algorithms(config.training.deterministic)
+        policy, warm_start = await self._base_policy()
+        archive_directory = directory / "archive"
+        token = await self._store.acquire_token("learner", floor=_newest_segment(archive_directory))
+        with Archive(archive_directory, token) as archive:
+            reader = Reader(self._store, archive, token)
+            await reader.mend()
+            self._session = session = TrainingSession(config, policy, archive, token)
+            await asyncio.to_thread(session.restore)
+            publisher = Publisher(
+                self._control, policy, dtype=config.policy.dtype, staging=staging_directory(config), token=token,
+                metrics=self._metrics,
+            )  # fmt: skip
+            self._lifecycle.wait_for("start", "the first snapshot's publication")
+            await publisher.publish(copy_weights(policy, session.learner.step_count))
+            model_directory = publisher.write_model_directory(directory / "model")
+            if config.probe.behaviour_every:
+                spare = load_policy(model_directory, weights=False)
+                self._probe = BehaviourProbe(self._control, spare, directory / "probe")
+            await self._report("training", {"kind": "warm_start", **warm_start} if warm_start else None)
+            self._lifecycle.ready()
+            await self._train(reader, publisher)
+
+    async def _train(self, reader: Reader, publisher: Publisher) -> None:
+        loop, session = asyncio.get_running_loop(), self._session
+
+        def publish(snapshot: Snapshot) -> None:
+            loop.call_soon_threadsafe(publisher.submit, snapshot)
+
+        def report(record: dict[str, Any], step: StepReport) -> None:
+            loop.call_soon_threadsafe(self._reports.put_nowait, (record, step))
+
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(work)
+                for work in (reader.run(), publisher.run(), self._report_forever(), self._stop_when_asked())
+            ]
+            try:
+                await asyncio.to_thread(session.run, publish, report)
+                await publisher.drain()
+                await self._reports.join()
+            finally:
+                session.log.stop()
+                for task in background:
+                    task.cancel()
+        finished = session.learner.step_count >= self._config.training.steps
+        await self._report("finished" if finished else "stopped")
+        log.info("%s at step %d", "finished" if finished else "stopped", session.learner.step_count)
+
+    async def _stop_when_asked(self) -> None:
+        """Stop the training thread at its next step boundary."""
+        await self._lifecycle.stopping.wait()
+        self._session.log.stop()
+
+    async def _base_policy(self) -> Any:
+        loop, last = asyncio.get_running_loop(), [0.0]
+
+        def progress(phase: str, step: int, limit: int) -> None:
+            if time.monotonic() - last[0] >= 0.5:
+                last[0] = time.monotonic()
+                text = f"warm-starting the base policy: {phase} demonstrations, step {step} (limit {limit})"
+                asyncio.run_coroutine_threadsafe(self._say(text), loop)
+
+        self._lifecycle.wait_for("start", "the base policy")
+        return await asyncio.to_thread(base_policy, self._config, progress)
+
+    async def _say(self, text: str) -> None:
+        await self._control.learner_report(
+            api.LearnerReport(state="starting", step=0, cursor=0, ledger=Ledger().to_dict(), waiting_for=text)
+        )
+
+    async def _report(self, state: str, record: dict[str, Any] | None = None) -> None:
+        session = self._session
+        await self._control.learner_report(
+            api.LearnerReport(
+                state=state, step=session.learner.step_count, cursor=session.position.cursor,
+                ledger=session.position.ledger.to_dict(), record=record, waiting_for=session.log.waiting_for,
+            )
+        )  # fmt: skip
+
+    async def _report_forever(self) -> None:
+        while True:
+            record, step = await self._reports.get()
+            self._metrics.observe(record)
+            await self._report("training", record)
+            every = self._config.probe.behaviour_every
+            if self._probe and every and record["step"] % every == 0 and step.groups:
+                await self._check(self._probe, step)
+            self._reports.task_done()
+
+    async def _check(self, probe: BehaviourProbe, step: StepReport) -> None:
+        try:
+            result = await probe.check(step.update.step, step.groups)
+        except NotFound as error:
+            log.warning("probe of step %d left out: %s", step.update.step, error)
+            return
+        self._metrics.probe.set(result.max_abs_diff)
+        await self._report("training", {"kind": "probe", **result.to_dict()})
+
+
+def _newest_segment(directory: Path) -> int:
+    """Newest fencing token that an archive segment carries; 0 without one. Survives the loss of Redis."""
+    names = [path.stem.removeprefix("segment-") for path in directory.glob("segment-*.zst")]
+    return max((int(name) for name in names if name.isdigit()), default=0)

@@ -1,0 +1,260 @@
+"""`sapo up`: every service of a run as processes on this machine, started, watched, restarted, and stopped in order.
+
+The processes, wire and files are those of a deployment; only the numbers are small. A process that dies is restarted
+with back-off; one that dies three times within a minute while the run makes no progress stops the run, and so does one
+that says that its configuration is wrong: trying again would not help.
+"""
+
+import asyncio
+import ctypes
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sapo_learner.errors import ConfigError, Mismatch, SapoError, Unauthenticated, Unavailable
+from services.run_directory import LocalServices, live_services
+from services.runstore import EmbeddedRedis
+from services.runtime.client import ControlPlaneClient
+from services.runtime.settings import RunConfig, dump_config
+
+log = logging.getLogger(__name__)
+
+DEATHS, WITHIN_SECONDS = 3, 60.0
+HOPELESS = (ConfigError.exit_code, Unauthenticated.exit_code, Mismatch.exit_code)
+STOP_SECONDS = 20.0
+LAST_LINES = 12
+
+
+@dataclass
+class Child:
+    """One service: how it is started, and what became of it."""
+
+    name: str
+    command: list[str]
+    http: str = ""
+    process: asyncio.subprocess.Process | None = None
+    state: str = "starting"
+    restarts: int = 0
+    deaths: deque[tuple[float, Any]] = field(default_factory=lambda: deque(maxlen=DEATHS))  # when, progress then
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process and self.process.returncode is None else None
+
+
+class LocalRun:
+    """The processes of one run. `status` is the control plane's newest answer, for whoever draws it."""
+
+    def __init__(self, config: RunConfig, *, workers: int) -> None:
+        self.config, self.directory = config, config.run.directory.resolve()
+        if live_services(self.directory):
+            raise Unavailable(
+                "another `sapo up` runs on this directory", where=str(self.directory), fix="stop it first"
+            )
+        (self.directory / "logs").mkdir(parents=True, exist_ok=True)
+        self._write_config()
+        self._redis = None if os.environ.get("SAPO_REDIS_URL") else EmbeddedRedis(self.directory / "redis")
+        self._token = os.environ.get("SAPO_TOKEN") or secrets.token_urlsafe(24)
+        self._reserved: list[socket.socket] = []
+        self.status: dict[str, Any] = {}
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers: list[asyncio.Task[None]] = []
+        self._stopping = False
+        control, self._ingest_address = self._reserve(), self._reserve()
+        self.control = ControlPlaneClient(f"http://{control}", self._token, patience=5.0)
+        self.children: dict[str, Child] = {}
+        if self._redis:
+            self.children["redis"] = Child("redis", [])
+        self._add("control-plane", [str(self.directory / "run.yaml"), "--listen", control], http=control)
+        self._add("ingest", ["--listen", self._ingest_address])
+        self._add("learner", [])
+        for index in range(workers):
+            self._add("rollout", ["--name", f"rollout-{index}"], name=f"rollout-{index}")
+
+    def _write_config(self) -> None:
+        """The run's own copy of its configuration, with its directory made absolute for every process."""
+        run = self.config.run.model_copy(update={"dir": str(self.directory)})
+        (self.directory / "run.yaml").write_text(dump_config(self.config.model_copy(update={"run": run})))
+
+    def _add(self, service: str, options: list[str], *, name: str = "", http: str = "") -> None:
+        address = http or self._reserve()
+        probes = [] if http else ["--http-listen", address]
+        command = [sys.executable, "-m", "services.cli", "serve", service, *options, *probes]
+        self.children[name or service] = Child(name or service, command, http=address)
+
+    def _reserve(self) -> str:
+        """A free port that stays ours across restarts of the process that listens on it."""
+        holder = socket.socket()
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("127.0.0.1", 0))
+        self._reserved.append(holder)
+        return f"127.0.0.1:{holder.getsockname()[1]}"
+
+    # ---- start
+
+    async def start(self) -> None:
+        for child in self.children.values():
+            if child.name == "redis" and self._redis:
+                child.command = self._redis.command()
+            await self._spawn(child)
+            self._watchers.append(asyncio.create_task(self._watch(child), name=f"watch {child.name}"))
+        self._write_services()
+        self._watchers.append(asyncio.create_task(self._poll()))
+
+    async def _spawn(self, child: Child) -> None:
+        if child.name == "redis" and self._redis:
+            child.command = self._redis.command()
+        with (self.directory / "logs" / f"{child.name}.log").open("ab") as output:
+            child.process = await asyncio.create_subprocess_exec(
+                *child.command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
+                env=self._environment(), start_new_session=True, preexec_fn=_die_with_parent(),
+            )  # fmt: skip
+        child.state = "running"
+
+    def _environment(self) -> dict[str, str]:
+        redis_url = self._redis.url if self._redis else os.environ["SAPO_REDIS_URL"]
+        return os.environ | {
+            "SAPO_CONTROL_PLANE_URL": self.control.url,
+            "SAPO_INGEST_ADDRESS": self._ingest_address,
+            "SAPO_REDIS_URL": redis_url,
+            "SAPO_TOKEN": self._token,
+            # Several processes share this machine's cores: idle OpenMP threads must not spin on them.
+            "OMP_NUM_THREADS": str(self.config.training.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _write_services(self) -> None:
+        LocalServices(
+            supervisor_pid=os.getpid(),
+            control_plane_url=self.control.url,
+            ingest_address=self._ingest_address,
+            redis_url=self._environment()["SAPO_REDIS_URL"],
+            token=self._token,
+            processes={each.name: {"pid": each.pid, "http": each.http} for each in self.children.values()},
+        ).write(self.directory)
+
+    # ---- watch
+
+    async def _watch(self, child: Child) -> None:
+        """Restart the child whenever it dies, until it has done its work, is hopeless, or the run is stopped."""
+        while True:
+            assert child.process is not None
+            code = await child.process.wait()
+            if self._stopping:
+                return
+            if code == 0 and child.name == "learner":
+                child.state = "done"
+                return
+            child.state = f"died ({_reason(code)})"
+            child.deaths.append((time.monotonic(), self._progress()))
+            if code in HOPELESS or self._keeps_dying(child):
+                self._fail(child, code)
+                return
+            child.restarts += 1
+            log.warning("%s died (%s); restarting", child.name, _reason(code))
+            await asyncio.sleep(min(5.0, 0.2 * 2 ** len(child.deaths)))
+            if self._stopping:
+                return
+            await self._spawn(child)
+            self._write_services()
+
+    def _progress(self) -> tuple[int, int]:
+        return (self.status.get("learner", {}).get("step", -1), self.status.get("accepted", -1))
+
+    def _keeps_dying(self, child: Child) -> bool:
+        (first, progress), (last, now) = child.deaths[0], child.deaths[-1]
+        return len(child.deaths) == DEATHS and last - first < WITHIN_SECONDS and progress == now
+
+    def _fail(self, child: Child, code: int) -> None:
+        path = self.directory / "logs" / f"{child.name}.log"
+        lines = path.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        error = SapoError(
+            f"{child.name} died ({_reason(code)}) and restarting does not help; its last words:\n  "
+            + "\n  ".join(lines),
+            fix=f"the whole log: {path}",
+        )
+        if not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                self.status = await self.control.status()
+            except SapoError as error:
+                log.debug("no status: %s", error)
+            await asyncio.sleep(0.4)
+
+    async def finished(self, stop: asyncio.Event, draw: Callable[["LocalRun"], None]) -> bool:
+        """Wait for the run's end, calling `draw` meanwhile; False when asked to stop before. Raises what ended it."""
+        while not stop.is_set():
+            draw(self)
+            if self._failure.done():
+                self._failure.result()
+            if self.status.get("state") == "finished":
+                return True
+            await asyncio.wait([self._failure], timeout=0.25)
+        return False
+
+    # ---- stop
+
+    async def stop(self) -> None:
+        """Drain in order: samplers hand back, the learner checkpoints, then everything that serves them."""
+        self._stopping = True
+        workers = [each for name, each in self.children.items() if name.startswith("rollout")]
+        await asyncio.gather(*(self._terminate(each) for each in workers))
+        for name in ("learner", "ingest", "control-plane", "redis"):
+            if name in self.children:
+                await self._terminate(self.children[name])
+        for task in self._watchers:
+            task.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await self.control.__aexit__()
+        for holder in self._reserved:
+            holder.close()
+        (self.directory / "services.json").unlink(missing_ok=True)
+
+    async def _terminate(self, child: Child) -> None:
+        process = child.process
+        if process is None or process.returncode is not None:
+            return
+        child.state = "stopping"
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            log.warning("%s did not stop within %.0f s: killed", child.name, STOP_SECONDS)
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        child.state = "stopped"
+
+
+def _reason(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """On Linux: have the kernel send SIGTERM to the child when `sapo up` dies, even by kill -9."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc, set_death_signal = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
+    return lambda: libc.prctl(set_death_signal, signal.SIGTERM)
+
+
+def set_aside(directory: Path) -> Path:
+    """Move a run's directory out of the way, to the first free NAME.N; returns the new place."""
+    number = 1
+    while (target := directory.with_name(f"{directory.name}.{number}")).exists():
+        number += 1
+    directory.rename(target)
+    return target

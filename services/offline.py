@@ -1,0 +1,81 @@
+"""`sapo eval` and `sapo sample`: a policy and the small engine in this process, no services."""
+
+import asyncio
+import math
+from typing import Any
+
+import torch
+
+from sapo_learner.policy import Policy
+from services.control_plane.sampler import derive_seed
+from services.rollout.engines import PolicyVersion, Sampled, SampleRequest
+from services.rollout.engines.torch_engine import TorchEngine
+from services.run_directory import load_any_policy
+from services.tasks import Response, TaskSettings, build
+
+MAX_TOKENS = 1024
+
+
+async def evaluate(name: str, *, samples: int, temperature: float, task_name: str, seed: int) -> dict[str, Any]:
+    """Held-out pass@1: the mean over at least `samples` responses, equally many per problem."""
+    policy, config = load_any_policy(name)
+    task = build(config.task if config else TaskSettings(name=task_name))
+    problems = task.problems("held_out")
+    repeats = math.ceil(samples / len(problems))
+    prompts = [problem.prompt for problem in problems for _ in range(repeats)]
+    limit = config.sampling.max_tokens if config else MAX_TOKENS
+    responses = await _sample(policy, prompts, temperature=temperature, max_tokens=limit, seed=seed)
+    correct = [
+        task.score(problems[index // repeats], _response(policy, each))["correct"] == 1
+        for index, each in enumerate(responses)
+    ]
+    mean = sum(correct) / len(correct)
+    return {
+        "policy": name, "task": task.name, "pass_at_1": mean,
+        "standard_error": math.sqrt(mean * (1 - mean) / len(correct)),
+        "samples": len(correct), "problems": len(problems), "temperature": temperature, "seed": seed,
+    }  # fmt: skip
+
+
+async def sample(
+    name: str, prompt: str, *, count: int, temperature: float, max_tokens: int, seed: int
+) -> list[dict[str, Any]]:
+    """Responses with their tokens and log-probs."""
+    policy, _ = load_any_policy(name)
+    responses = await _sample(policy, [prompt] * count, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    return [
+        {
+            "prompt": prompt,
+            "text": _response(policy, each).text,
+            "finish_reason": each.finish_reason,
+            "logprob": sum(each.logprobs),
+            "tokens": policy.tokenizer.convert_ids_to_tokens(each.token_ids),
+            "token_ids": each.token_ids,
+            "logprobs": each.logprobs,
+        }
+        for each in responses
+    ]
+
+
+async def _sample(
+    policy: Policy, prompts: list[str], *, temperature: float, max_tokens: int, seed: int
+) -> list[Sampled]:
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    engine = TorchEngine(policy, PolicyVersion(0, 0))
+
+    async def one(index: int, prompt: str) -> Sampled:
+        sampled = Sampled()
+        ids = policy.tokenizer.encode(prompt)
+        request = SampleRequest(str(index), ids, derive_seed(seed, 3, index), max_tokens, temperature)
+        async for delta in engine.generate(request):
+            sampled.add(delta)
+        return sampled
+
+    try:
+        return await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
+    finally:
+        await engine.close()
+
+
+def _response(policy: Policy, sampled: Sampled) -> Response:
+    return Response(policy.tokenizer.decode(sampled.token_ids, skip_special_tokens=True), sampled.finish_reason)

@@ -1,0 +1,97 @@
+"""What a rollout worker asks of an inference engine: one protocol, one contract test over every engine.
+
+Token ids in, token ids out. Every token comes with its log-prob under the distribution it was sampled from and with the
+one policy that this log-prob belongs to, also when new weights arrive in the middle of a response.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sapo_learner.trajectory import FinishReason, VersionSpan
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVersion:
+    """A published policy: its number, and the optimizer step it came from."""
+
+    version: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One response to sample. Equal seed, prompt and weights give an equal response."""
+
+    id: str
+    prompt_ids: Sequence[int]
+    seed: int
+    max_tokens: int
+    temperature: float = 1.0  # 0 = the most likely token, always
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """Consecutive new tokens of a response, all sampled under one policy. finish_reason is set on the last delta."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # float32 values, nats, after temperature
+    policy: PolicyVersion
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A whole response, put together from its deltas."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+
+    def add(self, delta: TokenDelta) -> None:
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        count, policy = len(delta.token_ids), delta.policy
+        if self.spans and self.spans[-1].version == policy.version:
+            count += self.spans.pop().length
+        if count:
+            self.spans.append(VersionSpan(count, policy.version, policy.step))
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """alive: the engine can still answer. rows: responses in flight. tokens: sampled since the engine started."""
+
+    alive: bool
+    rows: int
+    tokens: int
+    detail: str = ""
+
+
+class Engine(Protocol):
+    name: str  # with its version, for the record: "torch 2.13.0"
+
+    @property
+    def policy_version(self) -> PolicyVersion:
+        """The policy that the next token will be sampled under."""
+
+    def generate(self, request: SampleRequest) -> AsyncIterator[TokenDelta]:
+        """Sample one response; closing the iterator aborts it."""
+
+    async def abort(self, request_id: str) -> None:
+        """Stop sampling a response; its iterator ends. Unknown ids are ignored."""
+
+    async def update_weights(self, tensors: Mapping[str, Any], policy: PolicyVersion) -> None:
+        """Serve these weights from the next token on: responses in flight go on under them, with their cache recomputed."""
+
+    async def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int], temperature: float) -> list[float]:
+        """Log-probs of given response tokens under the current policy."""
+
+    def busy_intervals(self) -> list[tuple[float, float]]:
+        """Unix times between which tokens were being sampled, since the last call."""
+
+    async def health(self) -> EngineHealth: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,129 @@
+"""Every metric of every process, in one file. Names follow the Prometheus conventions: base units, `_total` counters.
+
+A process builds the one class that is its own; a metric observes reports and never steers anything. No label grows with
+the data.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+
+_AGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)
+_STEP_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+_RPC_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+_TOKENS = tuple(2**power for power in range(0, 18))
+
+
+class _Metrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, registry=self.registry, buckets=buckets)
+
+
+class ControlPlaneMetrics(_Metrics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.leases = self._counter("sapo_leases_granted", "Training leases granted")
+        self.version = self._gauge("sapo_policy_version", "Current version of the policy registry")
+        self.open_leases = self._gauge("sapo_leases_open", "Training leases that are neither used nor handed back")
+        self.accepted = self._gauge("sapo_log_accepted_groups", "Last sequence of the log")
+        self.unread = self._gauge("sapo_log_unread_groups", "Groups in Redis that the learner has not archived")
+        self.ready = self._gauge("sapo_groups_ready", "Accepted groups that no step has consumed")
+        self.workers = self._gauge("sapo_workers", "Rollout workers whose heartbeat is recent")
+        self.pass_at_1 = self._gauge("sapo_evaluation_pass_at_1", "Held-out pass@1 of the newest evaluation")
+
+    def observe(self, status: Mapping[str, Any]) -> None:
+        self.version.set(status["version"] or 0)
+        self.open_leases.set(status["open_leases"])
+        self.accepted.set(status["accepted"])
+        self.unread.set(status["unread"])
+        self.ready.set(status["groups_ready"])
+        self.workers.set(len(status["workers"]))
+        if status["evaluations"]:
+            self.pass_at_1.set(status["evaluations"][-1]["pass_at_1"])
+
+
+class IngestMetrics(_Metrics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.acks = self._counter("sapo_ingest_acks", "Groups answered, by status", ("status",))
+        self.bytes = self._counter("sapo_ingest_accepted_bytes", "Bytes of accepted groups")
+        self.streams = self._gauge("sapo_ingest_streams", "Open worker streams")
+        self.seconds = self._histogram(
+            "sapo_ingest_group_seconds", "Time from a group's arrival to its ack", _RPC_SECONDS
+        )
+
+
+class RolloutMetrics(_Metrics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = self._counter("sapo_rollout_tokens", "Tokens sampled")
+        self.groups = self._counter("sapo_rollout_groups", "Groups whose ack is final, by status", ("status",))
+        self.version = self._gauge("sapo_rollout_policy_version", "Version that this worker serves")
+        self.waiting = self._counter(
+            "sapo_rollout_waiting_seconds", "Time without a lease to sample for, by what kept one back", ("reason",)
+        )
+        self.response_tokens = self._histogram("sapo_rollout_response_tokens", "Tokens per response", _TOKENS)
+        self.mixed = self._counter(
+            "sapo_rollout_mixed_version_responses", "Responses sampled under more than one version"
+        )
+        self.sync_seconds = self._histogram(
+            "sapo_weight_sync_seconds", "From hearing of a version to serving it", _RPC_SECONDS
+        )
+        self.sync_failures = self._counter(
+            "sapo_weight_sync_failures", "Versions that could not be fetched or verified"
+        )
+
+
+class LearnerMetrics(_Metrics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = self._gauge("sapo_learner_step", "Optimizer steps done")
+        self.groups = self._counter("sapo_learner_groups", "Groups consumed, by outcome", ("outcome",))
+        self.tokens = self._counter("sapo_learner_tokens", "Tokens trained on")
+        self.reward = self._gauge("sapo_learner_reward", "Mean reward of the last step's responses")
+        self.age = self._histogram("sapo_learner_policy_age_steps", "Mean policy age of a step's tokens", _AGES)
+        self.step_seconds = self._histogram("sapo_learner_step_seconds", "Time of one optimizer step", _STEP_SECONDS)
+        self.waiting = self._counter("sapo_learner_waiting_seconds", "Time without enough groups for a step")
+        self.gradient_norm = self._gauge("sapo_learner_gradient_norm", "Global gradient norm before clipping")
+        self.entropy = self._gauge("sapo_learner_entropy_nats", "Mean entropy per token of the current policy")
+        self.log_ratio_std = self._gauge(
+            "sapo_learner_log_ratio_std", "Spread of current over behaviour log-prob per token"
+        )
+        self.diagnostics = self._gauge(
+            "sapo_objective_diagnostic", "Token mean of what the objective reports, by advantage sign", ("name", "sign")
+        )
+        self.checkpoint = self._gauge("sapo_checkpoint_step", "Optimizer step of the newest checkpoint")
+        self.archive_bytes = self._gauge("sapo_archive_bytes", "Size of the archive on disk")
+        self.probe = self._gauge(
+            "sapo_probe_behaviour_logprob_max_abs_diff", "Recorded against recomputed behaviour log-probs, last probe"
+        )
+        self.publish_seconds = self._histogram("sapo_publish_seconds", "Time to publish a snapshot", _RPC_SECONDS)
+
+    def observe(self, record: Mapping[str, Any]) -> None:
+        """record: the step's line as the learner reports it."""
+        self.step.set(record["step"])
+        for outcome, count in record["outcomes"].items():
+            self.groups.labels(outcome).inc(count)
+        self.tokens.inc(record["tokens"])
+        self.reward.set(record["reward"])
+        self.age.observe(record["policy_age_mean"])
+        self.step_seconds.observe(record["ended"] - record["started"])
+        self.waiting.inc(record["waited_seconds"])
+        self.gradient_norm.set(record["gradient_norm"])
+        self.entropy.set(record["entropy"])
+        self.log_ratio_std.set(record["log_ratio_std"])
+        for name, by_sign in record["diagnostics"].items():
+            for sign, value in by_sign.items():
+                self.diagnostics.labels(name, sign).set(value)

@@ -1,0 +1,195 @@
+"""run.yaml as one model, and the environment that says where services are.
+
+The file describes the run and is given to the control plane alone; every other service asks it there, so nothing can
+disagree. Addresses and the token come from the environment, never from the file.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from yaml import YAMLError
+
+from sapo_learner.config import CheckpointSettings, LearnerSettings, PolicySettings, Settings, parse
+from sapo_learner.errors import ConfigError, SapoError
+from sapo_learner.trajectory import LogprobMode, SamplingParameters
+from services.tasks import TaskSettings
+
+
+class RunSettings(Settings):
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    dir: str = ""
+    """Where the run's files live; default runs/NAME."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the base policy, the sampler and every response."""
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.dir or f"runs/{self.name}")
+
+
+class SamplingSettings(Settings):
+    group_size: int = Field(default=8, ge=1)
+    """Responses per draw: the group over which advantages are normalised."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=1024, ge=1)
+    """Token limit of a response."""
+    top_p: float = 1.0
+    top_k: int = 0
+    logprob_mode: LogprobMode = "processed"
+
+    @model_validator(mode="after")
+    def _accounted_for(self) -> "SamplingSettings":
+        try:
+            self.parameters()
+        except SapoError as error:
+            raise ValueError(error.what) from None
+        return self
+
+    def parameters(self) -> SamplingParameters:
+        return SamplingParameters(self.temperature, self.max_tokens, self.top_p, self.top_k, self.logprob_mode)
+
+
+class PacingSettings(Settings):
+    """How far sampling may run ahead of training (design: leases are granted by one rule, never by a clock)."""
+
+    lookahead: int | None = Field(default=None, ge=0)
+    """Steps' worth of groups in flight beyond the one being filled: sets how old data usually are.
+    Default: the smaller of 2 and training.max_policy_age."""
+    publish_every: int = Field(default=1, ge=1)
+    """Optimizer steps between two published policies."""
+    lease_seconds: float = Field(default=60, gt=0)
+    """A lease without progress ends after this long."""
+    max_lease_seconds: float = Field(default=3600, gt=0)
+    """No lease lasts longer than this."""
+
+
+class EngineSettings(Settings):
+    name: str = Field(default="torch", pattern="^torch$")
+    """Which inference engine rollout workers run."""
+    slots: int = Field(default=256, ge=1)
+    """Responses decoded together by one worker."""
+    threads: int = Field(default=1, ge=1)
+    """torch threads of a rollout worker."""
+
+
+class EvaluationSettings(Settings):
+    every: int = Field(default=25, ge=1)
+    """Optimizer steps between two evaluations on held-out problems; the first and the last policy are always evaluated."""
+    samples: int = Field(default=512, ge=1)
+    """Responses per evaluation, at least; every problem gets equally many."""
+    boundary_samples: int = Field(default=2000, ge=1)
+    """The same for the first and the last policy, whose figures the run's summary compares."""
+
+
+class IngestSettings(Settings):
+    credits: int = Field(default=64, ge=1)
+    """Groups that a worker may have unacknowledged."""
+    max_entries: int = Field(default=4096, ge=1)
+    """Unread groups in Redis beyond which nothing is accepted."""
+    max_bytes: int = Field(default=1 << 30, ge=1)
+    """Unread bytes in Redis beyond which nothing is accepted."""
+
+
+class ProbeSettings(Settings):
+    behaviour_every: int = Field(default=0, ge=0)
+    """Every so many steps the learner recomputes the behaviour log-probs of one group from the stored snapshots of the
+    versions it was sampled under. 0: never."""
+
+
+class LocalSettings(Settings):
+    rollout_workers: int = Field(default=2, ge=1)
+    """How many rollout workers `sapo up` starts."""
+
+
+class RunConfig(LearnerSettings):
+    """A resolved run.yaml."""
+
+    run: RunSettings = RunSettings()
+    policy: PolicySettings = PolicySettings()
+    task: TaskSettings = TaskSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    pacing: PacingSettings = PacingSettings()
+    engine: EngineSettings = EngineSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    ingest: IngestSettings = IngestSettings()
+    probe: ProbeSettings = ProbeSettings()
+    local: LocalSettings = LocalSettings()
+
+    @property
+    def lookahead(self) -> int:
+        age = self.training.max_policy_age
+        return min(2, age) if self.pacing.lookahead is None else self.pacing.lookahead
+
+    @property
+    def snapshots_kept(self) -> int:
+        """As many as tokens in training can have been sampled under, and two in flight."""
+        return self.training.max_policy_age + 2
+
+    @model_validator(mode="after")
+    def _pacing_can_move(self) -> "RunConfig":
+        age, every = self.training.max_policy_age, self.pacing.publish_every
+        if self.lookahead > age:
+            raise ValueError(f"pacing.lookahead {self.lookahead} exceeds training.max_policy_age {age}")
+        if self.lookahead < every - 1:
+            raise ValueError(
+                f"pacing.lookahead {self.lookahead} is below pacing.publish_every - 1 = {every - 1}: sampling would "
+                "wait for a policy that training cannot reach; raise lookahead (and max_policy_age) or publish more often"
+            )
+        return self
+
+
+class Environment(BaseSettings):
+    """SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS, SAPO_REDIS_URL, SAPO_TOKEN."""
+
+    model_config = SettingsConfigDict(env_prefix="SAPO_", extra="ignore")
+
+    control_plane_url: str = ""
+    ingest_address: str = ""
+    redis_url: SecretStr = SecretStr("")
+    token: SecretStr = SecretStr("")
+
+    def require(self, name: str) -> str:
+        """The value of SAPO_<NAME>, or a ConfigError that says so."""
+        value = getattr(self, name)
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if not text:
+            raise ConfigError(
+                "not set", where=f"environment SAPO_{name.upper()}", fix="every service but Redis needs it"
+            )
+        return str(text)
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read run.yaml (None: defaults only) and apply `--set a.b=c` overrides; every mistake is one ConfigError."""
+    where = str(path) if path else "--set"
+    try:
+        base = OmegaConf.load(path) if path else OmegaConf.create({})
+    except FileNotFoundError:
+        raise ConfigError("no such file", where=where, fix="`sapo config` prints a complete example") from None
+    except (YAMLError, OSError) as error:
+        raise ConfigError(f"not readable as YAML: {error}", where=where) from None
+    if not isinstance(base, DictConfig):
+        raise ConfigError("not a mapping of settings", where=where)
+    for override in overrides:
+        if not re.match(r"^[\w.]+=", override):
+            raise ConfigError(
+                f"{override!r} is not KEY=VALUE", where="--set", fix="for example --set training.steps=50"
+            )
+    try:
+        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        data: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error), where=where) from None
+    return parse(RunConfig, data, where=where)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))

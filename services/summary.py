@@ -1,0 +1,129 @@
+"""What a finished run amounts to: summary.json and the closing report, from the run's record."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from services.control_plane.record import read
+
+Interval = tuple[float, float]
+
+
+def summarise(directory: Path, *, seed: int, ledger_balanced: bool) -> dict[str, Any]:
+    """The figures of the run in `directory`; what was not measured is None."""
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    busy: list[Interval] = []
+    probes, sessions, warm_start, previous = [], 0.0, None, None
+    for line in read(directory / "record.jsonl"):
+        match line["kind"]:
+            case "step":
+                steps[line["step"]] = line
+            case "evaluation":
+                evaluations[line["step"]] = line
+            case "busy":
+                busy += [(start, end) for start, end in line["intervals"]]
+            case "probe":
+                probes.append(line)
+            case "warm_start":
+                warm_start = line
+        if previous is not None and line["kind"] != "session":
+            sessions += line["time"] - previous
+        previous = line["time"]
+    first, last = evaluations.get(0), evaluations.get(max(steps, default=0))
+    tokens = sum(step["tokens"] for step in steps.values())
+    aged = sum(step["policy_age_mean"] * step["tokens"] for step in steps.values())
+    return {
+        "base_pass_at_1": first and first["pass_at_1"],
+        "final_pass_at_1": last and last["pass_at_1"],
+        "ceiling_pass_at_1": warm_start and warm_start["ceiling"]["mean"],
+        "base_standard_error": first and first["standard_error"],
+        "final_standard_error": last and last["standard_error"],
+        "evaluation_samples": last and last["samples"],
+        "steps": len(steps),
+        "wall_seconds": sessions,
+        "tokens_trained": tokens,
+        "policy_age_mean": aged / tokens if tokens else None,
+        "policy_age_max": max((step["policy_age_max"] for step in steps.values()), default=None),
+        "stale": sum(step["outcomes"].get("stale", 0) for step in steps.values()),
+        "mixed_version_responses": sum(step["mixed_version_responses"] for step in steps.values()),
+        "sampling_overlap": overlap([(step["started"], step["ended"]) for step in steps.values()], busy),
+        "ledger_balanced": ledger_balanced,
+        "engine_logprob_max_abs_diff": max((probe["max_abs_diff"] for probe in probes), default=None),
+        "engine_logprob_probes": len(probes),
+        "engine_logprob_mixed_version_responses": sum(probe["mixed_version_responses"] for probe in probes),
+        "seed": seed,
+        "examples": _examples(first, last),
+    }
+
+
+def write_summary(directory: Path, summary: dict[str, Any]) -> Path:
+    path = directory / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    return path
+
+
+def overlap(spans: Sequence[Interval], busy: Iterable[Interval]) -> float | None:
+    """Share of the time in `spans` during which something was busy; None without spans. Intervals may overlap."""
+    total = sum(end - start for start, end in spans)
+    if not total:
+        return None
+    merged = _merge(busy)
+    shared = sum(max(0.0, min(end, b_end) - max(start, b_start)) for start, end in spans for b_start, b_end in merged)
+    return shared / total
+
+
+def _merge(intervals: Iterable[Interval]) -> list[Interval]:
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _examples(first: dict[str, Any] | None, last: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Held-out problems with both policies' answers, those that changed first."""
+    if not first or not last:
+        return []
+    pairs = [
+        {"prompt": prompt, "base": before, "trained": after}
+        for (prompt, before), (_, after) in zip(first["examples"], last["examples"], strict=True)
+    ]
+    return sorted(pairs, key=lambda pair: pair["base"] == pair["trained"])[:3]
+
+
+def print_report(console: Console, summary: dict[str, Any], path: Path) -> None:
+    examples = Table("held-out problem", "base answers", "after RL", box=None, padding=(0, 3, 0, 0))
+    for each in summary["examples"]:
+        examples.add_row(each["prompt"], each["base"], each["trained"])
+    console.print()
+    console.print(examples)
+    figures = [f"base {_percent(summary, 'base')}", f"after RL [bold]{_percent(summary, 'final')}[/bold]"]
+    if summary["ceiling_pass_at_1"] is not None:
+        figures.append(f"ceiling {100 * summary['ceiling_pass_at_1']:.1f} %")
+    console.print(f"\nheld-out pass@1: {' -> '.join(figures)}", highlight=False)
+    if summary["ceiling_pass_at_1"] is not None:
+        console.print(
+            "What was taught: the base policy can calculate, but has the habit of guessing without writing the "
+            "intermediate value.\nRL brought the reasoning back. It did not teach arithmetic: the ceiling is the "
+            "accuracy before the bad habit.",
+            highlight=False,
+        )
+    console.print(
+        f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; policy age mean "
+        f"{summary['policy_age_mean']:.2f}, max {summary['policy_age_max']}; "
+        f"{summary['mixed_version_responses']} responses span several versions; "
+        f"ledger {'balances' if summary['ledger_balanced'] else 'DOES NOT BALANCE'}\n{path}",
+        highlight=False,
+    )
+
+
+def _percent(summary: dict[str, Any], which: str) -> str:
+    mean, error = summary[f"{which}_pass_at_1"], summary[f"{which}_standard_error"]
+    return "not measured" if mean is None else f"{100 * mean:.1f} ± {100 * error:.1f} %"

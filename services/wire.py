@@ -1,0 +1,163 @@
+"""proto <-> TrajectoryGroup: the only converter.
+
+Arrays travel as little-endian bytes with dtype and length stated (protos/sapo/v1/trajectory.proto). Decoding checks
+the layout here and everything else in the constructors of sapo_learner.trajectory; a bad message raises
+InvalidTrajectory that names the field. What depends on the run (vocabulary, known versions) is `check_against_run`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from protos.sapo.v1 import trajectory_pb2 as pb
+from sapo_learner.errors import InvalidTrajectory
+from sapo_learner.trajectory import SamplingParameters, Trajectory, TrajectoryGroup, VersionSpan
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_ENVELOPE_BYTES = 64  # what the stream's request adds around a group
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    pb.DTYPE_INT32: np.dtype("<i4"),
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_BOOL: np.dtype("?"),
+}
+_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+_MODES = {"processed": pb.LOGPROB_MODE_PROCESSED, "raw": pb.LOGPROB_MODE_RAW}
+_FINISH_NAMES: dict[int, Any] = {value: name for name, value in _FINISH.items()}
+_MODE_NAMES: dict[int, Any] = {value: name for name, value in _MODES.items()}
+
+
+def to_message(group: TrajectoryGroup) -> pb.TrajectoryGroup:
+    """The group as it travels; raises InvalidTrajectory when it would exceed MAX_MESSAGE_BYTES."""
+    message = pb.TrajectoryGroup(
+        schema_version=group.schema_version,
+        draw=group.draw,
+        attempt=group.attempt,
+        task=group.task,
+        prompt_id=group.prompt_id,
+        epoch=group.epoch,
+        seed=group.seed,
+        prompt_ids=_array(group.prompt_ids, pb.DTYPE_INT32),
+        trajectories=[_encode_trajectory(trajectory) for trajectory in group.trajectories],
+        sampling=pb.SamplingParameters(
+            temperature=group.sampling.temperature,
+            top_p=group.sampling.top_p,
+            top_k=group.sampling.top_k,
+            max_tokens=group.sampling.max_tokens,
+            logprob_mode=_MODES[group.sampling.logprob_mode],
+        ),
+        engine=group.engine,
+        worker=group.worker,
+    )
+    size = message.ByteSize()
+    if size > MAX_MESSAGE_BYTES - _ENVELOPE_BYTES:
+        raise InvalidTrajectory(
+            f"{size} bytes exceed the {MAX_MESSAGE_BYTES} of one message",
+            where=f"draw {group.draw}",
+            fix="lower sampling.max_tokens or sampling.group_size",
+        )
+    return message
+
+
+def encode(group: TrajectoryGroup) -> bytes:
+    """The bytes of a log entry; raises InvalidTrajectory as `to_message` does."""
+    return to_message(group).SerializeToString(deterministic=True)
+
+
+def decode(data: bytes) -> TrajectoryGroup:
+    """Parse and validate the bytes of a log entry; raises InvalidTrajectory."""
+    message = pb.TrajectoryGroup()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise InvalidTrajectory(f"not a TrajectoryGroup: {error}") from None
+    return from_message(message)
+
+
+def from_message(message: pb.TrajectoryGroup) -> TrajectoryGroup:
+    """Validate a group as it came; raises InvalidTrajectory that names the field and the draw."""
+    sampling = message.sampling
+    try:
+        return TrajectoryGroup(
+            schema_version=message.schema_version,
+            draw=message.draw,
+            attempt=message.attempt,
+            task=message.task,
+            prompt_id=message.prompt_id,
+            epoch=message.epoch,
+            seed=message.seed,
+            prompt_ids=_vector(message.prompt_ids, pb.DTYPE_INT32, "prompt_ids"),
+            trajectories=tuple(_decode_trajectory(each) for each in message.trajectories),
+            sampling=SamplingParameters(
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                logprob_mode=_MODE_NAMES.get(sampling.logprob_mode, "unspecified"),
+            ),
+            engine=message.engine,
+            worker=message.worker,
+        )
+    except InvalidTrajectory as error:
+        raise InvalidTrajectory(error.what, where=f"draw {message.draw}", fix=error.fix) from None
+
+
+def check_against_run(group: TrajectoryGroup, *, vocabulary: int, versions: Mapping[int, int]) -> None:
+    """Refuse ids outside the vocabulary, unknown policy versions, and versions said to come from another step."""
+    where = f"draw {group.draw}"
+    for name, ids in [("prompt", group.prompt_ids), *(("response", each.token_ids) for each in group.trajectories)]:
+        highest = int(ids.max())
+        if highest >= vocabulary:
+            raise InvalidTrajectory(f"{name} token id {highest} is outside the vocabulary of {vocabulary}", where=where)
+    for span in {span for each in group.trajectories for span in each.spans}:
+        if span.version not in versions:
+            raise InvalidTrajectory(f"policy version {span.version} is not one of the run's", where=where)
+        if versions[span.version] != span.step:
+            raise InvalidTrajectory(
+                f"policy version {span.version} comes from step {versions[span.version]}, not {span.step}", where=where
+            )
+
+
+def _encode_trajectory(trajectory: Trajectory) -> pb.Trajectory:
+    return pb.Trajectory(
+        token_ids=_array(trajectory.token_ids, pb.DTYPE_INT32),
+        behaviour_logprobs=_array(trajectory.behaviour_logprobs, pb.DTYPE_FLOAT32),
+        loss_mask=_array(trajectory.loss_mask, pb.DTYPE_BOOL),
+        spans=[
+            pb.VersionSpan(length=span.length, policy_version=span.version, policy_step=span.step)
+            for span in trajectory.spans
+        ],
+        rewards=dict(trajectory.rewards),
+        finish_reason=_FINISH[trajectory.finish_reason],
+    )
+
+
+def _decode_trajectory(message: pb.Trajectory) -> Trajectory:
+    return Trajectory(
+        token_ids=_vector(message.token_ids, pb.DTYPE_INT32, "token_ids"),
+        behaviour_logprobs=_vector(message.behaviour_logprobs, pb.DTYPE_FLOAT32, "behaviour_logprobs"),
+        loss_mask=_vector(message.loss_mask, pb.DTYPE_BOOL, "loss_mask"),
+        spans=tuple(VersionSpan(each.length, each.policy_version, each.policy_step) for each in message.spans),
+        rewards=dict(message.rewards),
+        finish_reason=_FINISH_NAMES.get(message.finish_reason, "unspecified"),
+    )
+
+
+def _array(values: NDArray[Any], dtype: pb.DType) -> pb.Array:
+    return pb.Array(dtype=dtype, length=len(values), data=values.astype(_DTYPES[dtype], copy=False).tobytes())
+
+
+def _vector(array: pb.Array, dtype: pb.DType, name: str) -> NDArray[Any]:
+    if array.dtype != dtype:
+        raise InvalidTrajectory(f"{name} has dtype {array.dtype}, expected {dtype}")
+    layout = _DTYPES[dtype]
+    if len(array.data) != array.length * layout.itemsize:
+        raise InvalidTrajectory(
+            f"{name} states {array.length} elements of {layout.itemsize} bytes but holds {len(array.data)} bytes"
+        )
+    if dtype == pb.DTYPE_BOOL and array.data.strip(b"\x00\x01"):
+        raise InvalidTrajectory(f"{name} holds a byte that is neither 0 nor 1")
+    return np.frombuffer(array.data, dtype=layout).astype(layout.newbyteorder("="), copy=False)
