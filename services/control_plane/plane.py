@@ -186,15 +186,12 @@ class ControlPlane:
             {key: value for key, value in line.items() if key != "examples"}
             for line in self.record.recent.get("evaluation", [])
         ]
-        finished = (
-            self.learner.step >= steps
-            and self.learner.state == "finished"
-            and not self.evaluations.open
-            and any(line["step"] == steps for line in evaluations)
-        )
+        state_name = self.learner.state
+        if state_name == "finished" and (self.evaluations.open or not any(e["step"] == steps for e in evaluations)):
+            state_name = "evaluating"
         return {
             "run": self.config.run.name,
-            "state": "finished" if finished else self.learner.state,
+            "state": state_name,
             "steps": steps,
             "learner": self.learner.model_dump(),
             "last_step": self.record.last("step"),

@@ -57,14 +57,9 @@ class Worker:
     async def lease_forever(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             await self._wait_for_room()
-            policy = self._engine.policy_version
             asked = time.monotonic()
-            response = await self._control.lease(
-                api.LeaseRequest(
-                    worker=self.name, count=self._capacity - len(self._groups), version=policy.version,
-                    step=policy.step, evaluate=not self._evaluating,
-                )
-            )  # fmt: skip
+            request = self._request(self._capacity - len(self._groups), evaluate=not self._evaluating)
+            response = await self._control.lease(request)
             if not self._groups and not self._evaluating:
                 self._metrics.waiting.labels(response.waiting_for or "lease").inc(time.monotonic() - asked)
             self._waiting_for = response.waiting_for
@@ -189,14 +184,27 @@ class Worker:
         text = self._tokenizer.decode(sampled.token_ids, skip_special_tokens=True)
         return self._task.score(_problem(problem), Response(text, sampled.finish_reason))
 
-    async def _evaluate(self, chunk: api.EvaluationChunk) -> None:
-        """Answer a chunk under the version it is pinned to; if weights have moved on already, leave it to others."""
+    async def _evaluate(self, first: api.EvaluationChunk) -> None:
+        """Answer chunks under the version they are pinned to, until there is none left for this worker.
+
+        The pin lasts from the first to the last: were the weights to move on in between, the evaluation would have to
+        start over. If they have moved on already, the chunk is left to others.
+        """
+        chunk: api.EvaluationChunk | None = first
         try:
             with self.follower.pinned():
-                if self._engine.policy_version.version == chunk.version:
+                while chunk and chunk.version == self._engine.policy_version.version:
                     await self._control.evaluated(await self._answers(chunk))
+                    chunk = (await self._control.lease(self._request(0, evaluate=True, wait_seconds=0))).evaluation
         finally:
             self._evaluating = False
+
+    def _request(self, count: int, *, evaluate: bool, wait_seconds: float = 10) -> api.LeaseRequest:
+        policy = self._engine.policy_version
+        return api.LeaseRequest(
+            worker=self.name, count=count, version=policy.version, step=policy.step, evaluate=evaluate,
+            wait_seconds=wait_seconds,
+        )  # fmt: skip
 
     async def _answers(self, chunk: api.EvaluationChunk) -> api.ChunkResult:
         async with asyncio.TaskGroup() as group:
