@@ -9,6 +9,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Iterator
 
 from sapo_learner.archive import Archive, Entry
 from sapo_learner.errors import Corrupt
@@ -16,6 +17,7 @@ from services.runstore import RunStore
 
 log = logging.getLogger(__name__)
 READ_COUNT = 64
+FRAME_BYTES = 32 << 20  # entries archived at once, bounding memory
 BLOCK_MS = 500
 RETRY_SECONDS = 2.0
 
@@ -43,7 +45,8 @@ class Reader:
                 await self.mend()
                 continue
             try:
-                await asyncio.to_thread(self._archive.append, entries)
+                for part in _frames(entries):
+                    await asyncio.to_thread(self._archive.append, part)
                 said = False
             except Corrupt:
                 if await self._store.needs_rebuild(self._archive.head) is None:
@@ -56,6 +59,19 @@ class Reader:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             await self._store.trim(self._token, self._archive.head)
+
+
+def _frames(entries: list[Entry]) -> Iterator[list[Entry]]:
+    """Consecutive entries, together at most FRAME_BYTES, or a single larger one."""
+    part: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if part and size + len(entry.payload) > FRAME_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(entry)
+        size += len(entry.payload)
+    yield part
 
 
 class ArchiveLog:

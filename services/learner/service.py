@@ -21,7 +21,7 @@ from services.learner.base_policy import base_policy
 from services.learner.behaviour_probe import BehaviourProbe
 from services.learner.publisher import Publisher, Snapshot, copy_weights
 from services.learner.reader import Reader
-from services.learner.session import TrainingSession, staging_directory
+from services.learner.session import Progress, StepNews, TrainingSession
 from services.runstore import RunStore
 from services.runtime import api
 from services.runtime.client import ControlPlaneClient
@@ -31,6 +31,7 @@ from services.runtime.metrics import LearnerMetrics
 from services.runtime.settings import Environment, RunConfig
 
 log = logging.getLogger(__name__)
+REPORT_SECONDS = 1.0
 PATIENCE_SECONDS = 600.0  # training goes on from the archive while the control plane is away
 
 
@@ -59,7 +60,7 @@ class _Service:
     ) -> None:
         self._lifecycle, self._config, self._control = lifecycle, config, control
         self._store, self._metrics = store, metrics
-        self._reports: asyncio.Queue[tuple[dict[str, Any], StepReport]] = asyncio.Queue()
+        self._news: asyncio.Queue[StepNews] = asyncio.Queue()
         self._session: TrainingSession
         self._probe: BehaviourProbe | None = None
 
@@ -76,7 +77,7 @@ class _Service:
             self._session = session = TrainingSession(config, policy, archive, token)
             await asyncio.to_thread(session.restore)
             publisher = Publisher(
-                self._control, policy, dtype=config.policy.dtype, staging=staging_directory(config), token=token,
+                self._control, policy, dtype=config.policy.dtype, staging=directory / "staging", token=token,
                 metrics=self._metrics,
             )  # fmt: skip
             self._lifecycle.wait_for("start", "the first snapshot's publication")
@@ -95,8 +96,8 @@ class _Service:
         def publish(snapshot: Snapshot) -> None:
             loop.call_soon_threadsafe(publisher.submit, snapshot)
 
-        def report(record: dict[str, Any], step: StepReport) -> None:
-            loop.call_soon_threadsafe(self._reports.put_nowait, (record, step))
+        def report(news: StepNews) -> None:
+            loop.call_soon_threadsafe(self._news.put_nowait, news)
 
         async with asyncio.TaskGroup() as tasks:
             background = [
@@ -106,7 +107,7 @@ class _Service:
             try:
                 await asyncio.to_thread(session.run, publish, report)
                 await publisher.drain()
-                await self._reports.join()
+                await self._news.join()
             finally:
                 session.log.stop()
                 for task in background:
@@ -137,24 +138,30 @@ class _Service:
             api.LearnerReport(state="starting", step=0, cursor=0, ledger=Ledger().to_dict(), waiting_for=text)
         )
 
-    async def _report(self, state: str, record: dict[str, Any] | None = None) -> None:
-        session = self._session
+    async def _report(self, state: str, record: dict[str, Any] | None = None, progress: Progress | None = None) -> None:
+        progress = progress or self._session.progress
         await self._control.learner_report(
             api.LearnerReport(
-                state=state, step=session.learner.step_count, cursor=session.position.cursor,
-                ledger=session.position.ledger.to_dict(), record=record, waiting_for=session.log.waiting_for,
+                state=state, step=progress.step, cursor=progress.cursor, ledger=progress.ledger.to_dict(),
+                record=record, waiting_for=self._session.log.waiting_for,
             )
         )  # fmt: skip
 
     async def _report_forever(self) -> None:
+        """Every step as it comes; without one, every second what training waits for."""
+        every = self._config.probe.behaviour_every
         while True:
-            record, step = await self._reports.get()
-            self._metrics.observe(record)
-            await self._report("training", record)
-            every = self._config.probe.behaviour_every
-            if self._probe and every and record["step"] % every == 0 and step.groups:
-                await self._check(self._probe, step)
-            self._reports.task_done()
+            try:
+                news = await asyncio.wait_for(self._news.get(), REPORT_SECONDS)
+            except TimeoutError:
+                await self._report("training")
+                continue
+            self._metrics.observe(news.record)
+            self._metrics.checkpoint.set(self._session.saved_step)
+            await self._report("training", news.record, news.progress)
+            if self._probe and news.progress.step % every == 0 and news.report.groups:
+                await self._check(self._probe, news.report)
+            self._news.task_done()
 
     async def _check(self, probe: BehaviourProbe, step: StepReport) -> None:
         try:

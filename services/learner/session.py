@@ -7,7 +7,7 @@ each step   checkpoint when due, then publish when due, then the step's line for
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,24 @@ from services.wire import decode
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands at a step boundary: replaced as a whole, so that other threads may read it."""
+
+    step: int = 0
+    cursor: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True)
+class StepNews:
+    """A finished step on its way to the event loop."""
+
+    record: dict[str, Any]
+    report: StepReport
+    progress: Progress
+
+
 class TrainingSession:
     """Lives in the training thread; `publish` and `report` hand things over to the event loop."""
 
@@ -37,7 +55,8 @@ class TrainingSession:
         self.learner = Learner(policy, config, temperature=config.sampling.temperature)
         self.position = Position()
         self.log = ArchiveLog(archive)
-        self._saved_step = -1
+        self.progress = Progress()
+        self.saved_step = -1
 
     def restore(self) -> None:
         """Go to the newest usable checkpoint, or make checkpoint 0 of the base policy."""
@@ -52,13 +71,18 @@ class TrainingSession:
         self.learner.step_count = state.step
         self.position = Position(state.cursor, state.chain, Ledger.from_dict(state.ledger))
         torch.set_rng_state(state.rng["torch"])
-        self._saved_step = state.step
+        self.saved_step = state.step
+        self._note_progress()
         log.info("resumed %s, at entry %d%s", loaded.found.path.name, state.cursor,
                  f"; passed over: {loaded.reason}" if loaded.reason else "")  # fmt: skip
         environment = _environment()
         if state.environment != environment:
             log.warning("this process differs from the one that saved it, so weights may differ in their last bits: "
                         "%s, now %s", state.environment, environment)  # fmt: skip
+
+    def _note_progress(self) -> Progress:
+        self.progress = Progress(self.learner.step_count, self.position.cursor, self.position.ledger)
+        return self.progress
 
     def _belongs(self, cursor: int, chain: str) -> bool:
         if cursor == 0:
@@ -68,7 +92,7 @@ class TrainingSession:
 
     def save(self) -> None:
         """Checkpoint the state as it is now, unless it is saved already."""
-        if self._saved_step == self.learner.step_count:
+        if self.saved_step == self.learner.step_count:
             return
         state = checkpoint.CheckpointState(
             step=self.learner.step_count,
@@ -82,9 +106,9 @@ class TrainingSession:
         )
         saved = checkpoint.save(self._directory, state, token=self._token)
         checkpoint.prune(self._directory, self._config.checkpoint.keep, saved=saved)
-        self._saved_step = self.learner.step_count
+        self.saved_step = self.learner.step_count
 
-    def run(self, publish: Callable[[Snapshot], None], report: Callable[[dict[str, Any], StepReport], None]) -> None:
+    def run(self, publish: Callable[[Snapshot], None], report: Callable[[StepNews], None]) -> None:
         """Train until the last step or until the log is stopped; then checkpoint."""
         config, last = self._config, self._config.training.steps
         started, waited = time.time(), 0.0
@@ -99,7 +123,7 @@ class TrainingSession:
             if number % config.pacing.publish_every == 0 or number == last:
                 publish(copy_weights(self.learner.policy, number))
             waiting = self.log.waited_seconds - waited
-            report(step_record(step, started + waiting, ended, waiting), step)
+            report(StepNews(step_record(step, started + waiting, ended, waiting), step, self._note_progress()))
             started, waited = time.time(), self.log.waited_seconds
         self.save()
 
@@ -146,7 +170,3 @@ def _environment() -> dict[str, Any]:
         "world_size": 1,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-
-
-def staging_directory(config: RunConfig) -> Path:
-    return config.run.directory / "staging"

@@ -1,0 +1,190 @@
+"""One run of the whole stack, started, interrupted, attacked and finished as a user would; many tests read it.
+
+1. `sapo up` until a few steps are done, then Ctrl-C             -> InterruptedRun
+2. the same command; kill -9 of every process in turn, then end  -> FinishedRun
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+STEPS, GROUPS_PER_STEP, GROUP_SIZE, MAX_POLICY_AGE = 60, 16, 8, 4
+SETTINGS = {
+    "run.name": "stack",
+    "training.steps": STEPS,
+    "training.groups_per_step": GROUPS_PER_STEP,
+    "training.max_policy_age": MAX_POLICY_AGE,
+    "sampling.group_size": GROUP_SIZE,
+    "sampling.max_tokens": 12,
+    "optimizer.learning_rate": 1e-4,
+    "pacing.lease_seconds": 5,
+    "checkpoint.every": 5,
+    "evaluation.every": 20,
+    "evaluation.samples": 198,
+    "evaluation.boundary_samples": 396,
+    "probe.behaviour_every": 2,
+    # A base that is good enough to have signal, in a few seconds.
+    "policy.warm_start.clean_steps": 350,
+    "policy.warm_start.clean_target": 0.5,
+    "policy.warm_start.samples": 198,
+}
+
+
+@dataclass
+class Stack:
+    """A run directory, how `sapo up` ended each time, and what was seen on the way."""
+
+    directory: Path
+    exit_codes: list[int] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    left_over: list[list[str]] = field(default_factory=list)  # command lines that survived each `sapo up`
+    killed: list[str] = field(default_factory=list)
+    interrupted_at: int = 0
+    resumed_at: int = 0
+    live_ledgers: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads((self.directory / "summary.json").read_text()))
+
+    @property
+    def record(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.directory / "record.jsonl").read_text().splitlines()]
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.record if line["kind"] == kind]
+
+    def services(self) -> dict[str, Any]:
+        return dict(json.loads((self.directory / "services.json").read_text()))
+
+    def sapo(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "services.cli", *arguments],
+            capture_output=True, text=True, timeout=timeout, env=os.environ | self.environment,
+        )  # fmt: skip
+
+
+def wait_until(condition: Callable[[], Any], *, seconds: float, what: str, process: subprocess.Popen[str]) -> Any:
+    """Poll until something is truthy; fails with the run's output when its process ends first."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            found = condition()
+        except (FileNotFoundError, ValueError, KeyError):
+            found = None
+        if found:
+            return found
+        if process.poll() is not None:
+            pytest.fail(f"`sapo up` ended while waiting for {what}:\n{process.communicate()[0]}")
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"no {what} within {seconds} s:\n{process.communicate()[0]}")
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
+    root = tmp_path_factory.mktemp("stack")
+    stack = Stack(root / "run", environment={"SAPO_CACHE_DIR": str(root / "cache"), "SAPO_TOKEN": secrets.token_hex(8)})
+    (root / "run.yaml").write_text("policy: {source: tiny}\n")
+    overrides = [f"--set={key}={value}" for key, value in {**SETTINGS, "run.dir": stack.directory}.items()]
+    command = [sys.executable, "-m", "services.cli", "up", str(root / "run.yaml"), *overrides]
+
+    with running(stack, command) as process:
+        wait_until(lambda: last_step(stack) >= 6, seconds=120, what="step 6", process=process)
+        process.send_signal(signal.SIGINT)
+        end(stack, process)
+    stack.interrupted_at = last_step(stack)
+
+    with running(stack, command) as process:
+        attack(stack, process)
+        end(stack, process, seconds=180)
+    return stack
+
+
+class running:
+    def __init__(self, stack: Stack, command: list[str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | stack.environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def end(stack: Stack, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    output, _ = process.communicate(timeout=seconds)
+    stack.exit_codes.append(process.returncode)
+    stack.outputs.append(output)
+    stack.left_over.append(processes_of(stack.environment["SAPO_TOKEN"]))
+
+
+def processes_of(token: str) -> list[str]:
+    """Command lines of processes that still carry the run's token."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SAPO_TOKEN") == token and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+def last_step(stack: Stack) -> int:
+    return max((int(line["step"]) for line in stack.lines("step")), default=0)
+
+
+def attack(stack: Stack, process: subprocess.Popen[str]) -> None:
+    """kill -9 of every process, one after the other, each time after the run has gone on; look in meanwhile."""
+    first = wait_until(
+        lambda: next((line for line in stack.lines("step")[stack.interrupted_at :]), None), seconds=60,
+        what="a step after resuming", process=process,
+    )  # fmt: skip
+    stack.resumed_at = int(first["step"])
+    for name in ("rollout-0", "ingest", "control-plane", "redis", "learner"):
+        steps_seen = len(stack.lines("step"))
+        wait_until(lambda: len(stack.lines("step")) > steps_seen, seconds=60, what=f"a step before killing {name}",  # noqa: B023
+                   process=process)  # fmt: skip
+        if name == "ingest":
+            look_in(stack)
+        os.kill(stack.services()["processes"][name]["pid"], signal.SIGKILL)
+        stack.killed.append(name)
+    wait_until(
+        lambda: last_step(stack) >= stack.resumed_at + 15, seconds=60, what="steps after the kills", process=process
+    )
+    look_in(stack)
+
+
+def look_in(stack: Stack) -> None:
+    """What a user sees from another terminal: the ledger by directory and by URL, every process' metrics."""
+    import httpx
+
+    result = stack.sapo("ledger", str(stack.directory), "--json")
+    stack.live_ledgers.append(
+        {"exit_code": result.returncode, "stderr": result.stderr, **json.loads(result.stdout or "{}")}
+    )
+    for name, each in stack.services()["processes"].items():
+        if each["http"]:
+            try:
+                stack.metrics[name] = httpx.get(f"http://{each['http']}/metrics", timeout=5).text
+            except httpx.TransportError:
+                continue  # being restarted: looked at again later

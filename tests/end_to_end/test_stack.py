@@ -1,0 +1,156 @@
+"""What must be true of a run that was interrupted once and lost every one of its processes to kill -9."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sapo_learner import checkpoint
+from sapo_learner.archive import Archive, Entry
+from sapo_learner.learner import Learner
+from sapo_learner.policy import load_policy
+from sapo_learner.snapshot import weights_digest
+from sapo_learner.train import Position, train
+from services.run_directory import run_config
+from services.wire import decode
+from tests.end_to_end.conftest import GROUP_SIZE, GROUPS_PER_STEP, MAX_POLICY_AGE, STEPS, Stack
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
+
+
+def test_ctrl_c_drains_and_exits_0_and_the_same_command_goes_on(stack: Stack) -> None:
+    assert stack.exit_codes[0] == 0, stack.outputs[0]
+    assert "the same command goes on from here" in stack.outputs[0]
+    assert stack.resumed_at == stack.interrupted_at + 1, "steps are taken up where Ctrl-C left them"
+
+
+def test_the_run_finishes_although_every_process_was_killed(stack: Stack) -> None:
+    assert stack.exit_codes[1] == 0, stack.outputs[1]
+    assert stack.killed == ["rollout-0", "ingest", "control-plane", "redis", "learner"]
+    assert stack.summary["steps"] == STEPS
+
+
+def test_no_process_is_left_behind(stack: Stack) -> None:
+    assert stack.left_over == [[], []]
+
+
+def test_I1_the_ledger_balances_when_stopped_and_while_it_runs(stack: Stack) -> None:
+    result = stack.sapo("ledger", str(stack.directory), "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for live in stack.live_ledgers:
+        assert live["exit_code"] == 0, live
+        assert live["balanced"], live
+    assert stack.summary["ledger_balanced"]
+
+
+def test_I2_every_draw_is_in_the_log_exactly_once(stack: Stack) -> None:
+    entries = list(Archive(stack.directory / "archive", None).entries())
+    draws = [entry.draw for entry in entries]
+    assert sorted(draws) == list(range(STEPS * GROUPS_PER_STEP))
+    assert [entry.sequence for entry in entries] == list(range(1, len(entries) + 1))
+    for entry in entries[:: len(entries) // 50]:
+        group = decode(entry.payload)
+        assert group.draw == entry.draw
+        assert len(group.trajectories) == GROUP_SIZE
+
+
+class _Recorded:
+    """The archive as a log that is all there."""
+
+    def __init__(self, directory: Path) -> None:
+        self._archive = Archive(directory, None)
+
+    def next(self, after: int, count: int) -> list[Entry] | None:
+        return self._archive.read(after, count)
+
+
+def test_I3_the_same_log_gives_the_same_weights_without_any_service(stack: Stack) -> None:
+    """Replay the archive from the base policy, in this process, uninterrupted: bit for bit what the run ended with."""
+    config = run_config(stack.directory)
+    base = next((Path(stack.environment["SAPO_CACHE_DIR"]) / "warm-start").iterdir())
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(config.training.threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        learner = Learner(load_policy(base), config, temperature=config.sampling.temperature)
+        reports = list(
+            train(learner, _Recorded(stack.directory / "archive"), Position(), settings=config, decode=decode)
+        )
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+    final = checkpoint.load_newest(stack.directory / "checkpoints").state
+    assert len(reports) == final.step == STEPS
+    assert weights_digest(learner.policy.tensors()) == weights_digest(final.model)
+
+
+def test_I4_behaviour_logprobs_equal_a_recomputation_from_the_stored_snapshots(stack: Stack) -> None:
+    summary = stack.summary
+    assert summary["engine_logprob_probes"] >= 5
+    assert summary["engine_logprob_mixed_version_responses"] > 0, "responses of mixed versions were among them"
+    assert summary["engine_logprob_max_abs_diff"] <= 1e-4
+
+
+def test_it_is_really_asynchronous(stack: Stack) -> None:
+    summary = stack.summary
+    assert summary["policy_age_mean"] > 0
+    assert summary["policy_age_max"] <= MAX_POLICY_AGE
+    assert summary["stale"] == 0
+    assert summary["mixed_version_responses"] > 0
+    assert summary["sampling_overlap"] > 0
+
+
+def test_the_policy_learns(stack: Stack) -> None:
+    summary = stack.summary
+    assert summary["base_pass_at_1"] <= 0.45
+    assert summary["final_pass_at_1"] > summary["base_pass_at_1"] + 0.1
+
+
+def test_evaluations_are_of_the_first_the_last_and_scheduled_policies(stack: Stack) -> None:
+    steps = [line["step"] for line in stack.lines("evaluation")]
+    assert steps[0] == 0
+    assert steps[-1] == STEPS
+    assert len(steps) >= 3
+    assert all(line["samples"] >= 198 for line in stack.lines("evaluation"))
+
+
+def test_the_closing_report_says_what_happened(stack: Stack) -> None:
+    report = stack.outputs[1]
+    assert "held-out pass@1" in report
+    assert "It did not teach arithmetic" in report
+    assert len(stack.summary["examples"]) == 3
+
+
+def test_metrics_of_every_process_are_served(stack: Stack) -> None:
+    assert set(stack.metrics) == {"control-plane", "ingest", "learner", "rollout-0", "rollout-1"}
+    for process, metric in {
+        "control-plane": "sapo_log_accepted_groups",
+        "ingest": 'sapo_ingest_acks_total{status="accepted"}',
+        "learner": "sapo_learner_step",
+        "rollout-1": "sapo_rollout_waiting_seconds_total",
+    }.items():
+        assert metric in stack.metrics[process]
+
+
+def test_memory_on_disk_is_bounded_by_configuration(stack: Stack) -> None:
+    config = run_config(stack.directory)
+    manifests = list((stack.directory / "snapshots" / "manifests").glob("*.json"))
+    assert len(manifests) <= config.snapshots_kept + 1
+    assert len(list((stack.directory / "checkpoints").iterdir())) <= config.checkpoint.keep
+    assert not list((stack.directory / "staging").glob("*.part*"))
+
+
+def test_eval_and_sample_read_the_run(stack: Stack) -> None:
+    result = stack.sapo("eval", str(stack.directory), "--samples", "198", "--json")
+    assert result.returncode == 0, result.stderr
+    assert '"pass_at_1"' in result.stdout
+    result = stack.sapo("sample", f"{stack.directory}@{STEPS}", "--prompt", "7+5-3=")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("7+5-3=")
+
+
+def test_a_complete_run_is_not_started_again_by_accident(stack: Stack) -> None:
+    result = stack.sapo("up", str(stack.directory / "run.yaml"))
+    assert result.returncode == 2
+    assert "this run is complete" in result.stderr
+    assert "--again" in result.stderr
