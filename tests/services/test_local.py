@@ -1,0 +1,153 @@
+"""`sapo up` as a supervisor: restarts what dies, gives up when that does not help, leaves nothing behind."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sapo_learner.config import parse
+from sapo_learner.errors import SapoError, Unavailable
+from services.local import Child, LocalRun, set_aside
+from services.run_directory import live_services
+from services.runtime.settings import RunConfig
+
+FOREVER = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); time.sleep(600)"
+
+
+def supervised(directory: Path, **programs: str) -> LocalRun:
+    """A LocalRun whose children are small Python programs instead of services."""
+    config = parse(RunConfig, {"run": {"name": "test", "dir": str(directory)}}, where="test")
+    run = LocalRun(config, workers=1)
+    run.children = {name: Child(name, [sys.executable, "-c", program]) for name, program in programs.items()}
+    return run
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Callable[..., LocalRun]]:
+    runs: list[LocalRun] = []
+
+    def make(**programs: str) -> LocalRun:
+        runs.append(supervised(tmp_path / "run", **programs))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        await run.stop()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_killed_process_is_restarted(start: Callable[..., LocalRun]) -> None:
+    run = start(ingest=FOREVER)
+    await run.start()
+    child = run.children["ingest"]
+    first = child.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: child.restarts == 1 and child.pid not in (None, first))
+    services = live_services(run.directory)
+    assert services is not None
+    await until(lambda: (live_services(run.directory) or services).processes["ingest"]["pid"] == child.pid)
+
+
+async def test_three_deaths_without_progress_stop_the_run_with_its_last_words(start: Callable[..., LocalRun]) -> None:
+    run = start(ingest="print('the disk is on fire', flush=True); exit(1)")
+    await run.start()
+    with pytest.raises(SapoError, match="the disk is on fire"):
+        await asyncio.wait_for(run.finished(asyncio.Event(), lambda _: None), 20)
+    assert run.children["ingest"].restarts == 2
+
+
+async def test_deaths_between_which_the_run_makes_progress_do_not_count(start: Callable[..., LocalRun]) -> None:
+    run = start(ingest="exit(1)")
+    steps = iter(range(1000))
+    run._progress = lambda: (next(steps), 0)  # type: ignore[method-assign]
+    await run.start()
+    await until(lambda: run.children["ingest"].restarts >= 4)
+    assert not run._failure.done()
+
+
+async def test_a_configuration_error_stops_the_run_at_once(start: Callable[..., LocalRun]) -> None:
+    run = start(learner="import sys; print('no config.json there', flush=True); sys.exit(2)")
+    await run.start()
+    with pytest.raises(SapoError, match=r"no config\.json there"):
+        await asyncio.wait_for(run.finished(asyncio.Event(), lambda _: None), 20)
+    assert run.children["learner"].restarts == 0
+
+
+async def test_a_learner_that_exits_0_has_done_its_work(start: Callable[..., LocalRun]) -> None:
+    run = start(learner="exit(0)")
+    await run.start()
+    await until(lambda: run.children["learner"].state == "done")
+
+
+async def test_stop_ends_every_process_in_order(start: Callable[..., LocalRun], tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    program = (
+        "import signal, sys, time\n"
+        "def end(*_):\n"
+        f"    open({str(said)!r}, 'a').write('NAME '); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        f"open({str(tmp_path)!r} + '/NAME.up', 'w')\n"
+        "time.sleep(600)"
+    )
+    names = ["control-plane", "ingest", "learner", "rollout-0"]
+    run = start(**{name: program.replace("NAME", name) for name in names})
+    await run.start()
+    await until(lambda: len(list(tmp_path.glob("*.up"))) == len(names))
+    pids = [child.pid for child in run.children.values()]
+    await run.stop()
+    assert said.read_text().split() == ["rollout-0", "learner", "ingest", "control-plane"]
+    assert not any(psutil.pid_exists(pid) for pid in pids if pid)
+    assert live_services(run.directory) is None
+
+
+async def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, sys
+from pathlib import Path
+from tests.services.test_local import FOREVER, supervised
+async def main():
+    run = supervised(Path({str(tmp_path / "run")!r}), ingest=FOREVER)
+    await run.start()
+    print(run.children["ingest"].pid, flush=True)
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
+    assert parent.stdout is not None
+    child = psutil.Process(int(await asyncio.wait_for(parent.stdout.readline(), 20)))
+    parent.kill()
+    await parent.wait()
+    await until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+async def test_a_directory_has_one_supervisor(start: Callable[..., LocalRun], tmp_path: Path) -> None:
+    run = start(ingest=FOREVER)
+    await run.start()
+    with pytest.raises(Unavailable, match="another `sapo up`"):
+        supervised(tmp_path / "run")
+
+
+def test_set_aside_takes_the_first_free_name(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "demo").mkdir()
+        (tmp_path / "demo" / "file").touch()
+        assert set_aside(tmp_path / "demo") == tmp_path / f"demo.{number}"
+    assert not (tmp_path / "demo").exists()
+
+
+def test_secrets_of_a_run_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
+    from services.run_directory import LocalServices
+
+    LocalServices(1, "http://x", "x:1", "redis://:secret@x", "token", {}).write(tmp_path)
+    assert (tmp_path / "services.json").stat().st_mode & 0o077 == 0

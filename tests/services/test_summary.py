@@ -1,0 +1,79 @@
+"""summary.json from a record: the figures are those of the lines, the last line of a step counts."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from services.summary import overlap, print_report, summarise
+
+
+def step(number: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "kind": "step", "time": 100.0 + number, "step": number, "tokens": 10, "policy_age_mean": 1.0,
+        "policy_age_max": 1, "outcomes": {"trained": 2, "stale": 0}, "mixed_version_responses": 1, "started": 100.0 + number,
+        "ended": 100.5 + number, **fields,
+    }  # fmt: skip
+
+
+def evaluation(at: int, mean: float, answer: str) -> dict[str, Any]:
+    return {
+        "kind": "evaluation", "time": 110.0, "step": at, "pass_at_1": mean, "standard_error": 0.01, "samples": 2000,
+        "examples": [["1+1+1=", answer], ["2+1+1=", ">4"]],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    lines = [
+        {"kind": "session", "time": 100.0},
+        {"kind": "warm_start", "time": 100.5, "ceiling": {"mean": 0.95}},
+        evaluation(0, 0.3, ">9") | {"time": 100.8},
+        step(1, tokens=999, policy_age_max=99),
+        {"kind": "session", "time": 500.0},  # the pause before it is not the run's time
+        step(1, time=501.0),
+        step(2, time=502.0, tokens=30, policy_age_mean=3.0, policy_age_max=4),
+        {"kind": "busy", "time": 503.0, "worker": "a", "intervals": [[101.0, 101.25], [101.1, 101.25]]},
+        {"kind": "probe", "time": 503.0, "max_abs_diff": 1e-6, "mixed_version_responses": 2},
+        evaluation(2, 0.9, "(2)>3") | {"time": 504.0},
+    ]
+    (tmp_path / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "torn')
+    return tmp_path
+
+
+def test_figures_come_from_the_record(directory: Path) -> None:
+    summary = summarise(directory, seed=3, ledger_balanced=True)
+    assert summary["base_pass_at_1"] == 0.3
+    assert summary["final_pass_at_1"] == 0.9
+    assert summary["ceiling_pass_at_1"] == 0.95
+    assert summary["steps"] == 2
+    assert summary["policy_age_mean"] == pytest.approx((10 * 1 + 30 * 3) / 40)
+    assert summary["policy_age_max"] == 4
+    assert summary["mixed_version_responses"] == 2
+    assert summary["engine_logprob_max_abs_diff"] == 1e-6
+    assert summary["sampling_overlap"] == pytest.approx(0.25)
+    assert summary["seed"] == 3
+    assert summary["examples"][0] == {"prompt": "1+1+1=", "base": ">9", "trained": "(2)>3"}
+
+
+def test_wall_seconds_leave_out_the_time_between_sessions(directory: Path) -> None:
+    assert summarise(directory, seed=0, ledger_balanced=True)["wall_seconds"] == pytest.approx(1 + 4)
+
+
+def test_a_run_without_evaluations_says_that_it_was_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "record.jsonl").write_text(json.dumps(step(1)) + "\n")
+    summary = summarise(tmp_path, seed=0, ledger_balanced=False)
+    output = io.StringIO()
+    print_report(Console(file=output), summary, tmp_path / "summary.json")
+    assert "not measured" in output.getvalue()
+    assert "DOES NOT BALANCE" in output.getvalue()
+    assert "ceiling" not in output.getvalue()
+
+
+def test_overlap_counts_time_once() -> None:
+    assert overlap([(0.0, 10.0)], [(1.0, 3.0), (2.0, 4.0), (9.0, 20.0)]) == pytest.approx(0.4)
+    assert overlap([(0.0, 1.0)], []) == 0
+    assert overlap([], [(0.0, 1.0)]) is None
