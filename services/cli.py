@@ -61,15 +61,23 @@ def up(
 def show_config(
     config: Annotated[Path | None, typer.Argument(metavar="[RUN_YAML]", help="Default: no file, all defaults.")] = None,
     overrides: Set = [],  # noqa: B006
+    explain: Annotated[str | None, typer.Option(metavar="KEY", help="Say what a setting or section means.")] = None,
 ) -> None:
-    """Check a configuration and print it in full, every default included.
+    """Check a configuration and print it in full, every default included; or explain a setting.
 
     Examples:
 
         sapo config > run.yaml
 
         sapo config run.yaml --set objective.tau_neg=1.1
+
+        sapo config --explain training.max_policy_age
     """
+    if explain is not None:
+        from services.explain import explain as explain_key
+
+        typer.echo("\n".join(explain_key(explain)))
+        return
     resolved = load_config(config, overrides)
     check_objective(resolved)
     typer.echo(dump_config(resolved), nl=False)
@@ -115,6 +123,24 @@ def ledger(run: Run, as_json: AsJson = False) -> None:
         for key, value in report.items():
             console.print(f"{key:>12}  {value}", highlight=False)
     raise typer.Exit(0 if report["balanced"] else 1)
+
+
+@app.command()
+def health(
+    address: Annotated[str, typer.Argument(help="http://HOST:PORT of any service, or HOST:PORT of ingest's gRPC.")],
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 5.0,
+) -> None:
+    """Ask one process whether it is ready; exits with 0 if it is and with 8 if it is not, saying for what it waits.
+
+    Examples:
+
+        sapo health http://127.0.0.1:8080
+
+        sapo health 127.0.0.1:8081
+    """
+    from services.health import check
+
+    typer.echo(asyncio.run(check(address, timeout)))
 
 
 Policy = Annotated[str, typer.Argument(metavar="POLICY", help="RUN, RUN@STEP or a model directory.")]

@@ -4,8 +4,6 @@ import asyncio
 import math
 from typing import Any
 
-import torch
-
 from sapo_learner.policy import Policy
 from services.control_plane.sampler import derive_seed
 from services.rollout.engines import PolicyVersion, Sampled, SampleRequest
@@ -60,7 +58,6 @@ async def sample(
 async def _sample(
     policy: Policy, prompts: list[str], *, temperature: float, max_tokens: int, seed: int
 ) -> list[Sampled]:
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     engine = TorchEngine(policy, PolicyVersion(0, 0))
 
     async def one(index: int, prompt: str) -> Sampled:

@@ -13,7 +13,7 @@ from sapo_learner.archive import Archive
 from sapo_learner.errors import ConfigError, NotFound
 from sapo_learner.ledger import Ledger, LedgerReport, audit, epoch_coverage
 from services.runstore import EmbeddedRedis, RunStore
-from services.runtime.settings import RunConfig, load_config
+from services.runtime.settings import Environment, RunConfig, load_config
 from services.tasks import build
 
 if TYPE_CHECKING:
@@ -66,10 +66,12 @@ async def audit_run(directory: Path) -> LedgerReport:
         services = live_services(directory)
         if services:
             url = services.redis_url
+        elif external := Environment().redis_url.get_secret_value():
+            url = external
         elif (directory / "redis").is_dir():
             url = await stack.enter_async_context(EmbeddedRedis(directory / "redis"))
         else:
-            raise NotFound("no Redis of a run there", where=str(directory), fix="give the control plane's URL instead")
+            raise NotFound("no Redis of a run there", where=str(directory), fix="set SAPO_REDIS_URL to the run's Redis")
         store = await stack.enter_async_context(await RunStore.connect(url, config.run.name))
         try:
             newest = checkpoint.load_newest(directory / "checkpoints").state

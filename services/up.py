@@ -9,7 +9,8 @@ from rich.console import Console
 from sapo_learner.errors import ConfigError
 from services.local import LocalRun, set_aside
 from services.run_directory import audit_run, run_config
-from services.runtime.settings import RunConfig
+from services.runstore import RunStore
+from services.runtime.settings import Environment, RunConfig
 from services.summary import print_report, summarise, write_summary
 from services.view import View
 
@@ -20,7 +21,7 @@ async def up(config: RunConfig, console: Console, *, again: bool) -> int:
 
     build(config.objective.name, **config.objective.options)
     directory = config.run.directory
-    _make_way(config, directory, console, again=again)
+    await _make_way(config, directory, console, again=again)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -43,7 +44,7 @@ async def up(config: RunConfig, console: Console, *, again: bool) -> int:
     return 0 if report.balanced else 1
 
 
-def _make_way(config: RunConfig, directory: Path, console: Console, *, again: bool) -> None:
+async def _make_way(config: RunConfig, directory: Path, console: Console, *, again: bool) -> None:
     """Go on with an unfinished run of the same configuration; anything else needs --again."""
     if not (directory / "run.yaml").exists():
         return
@@ -53,6 +54,9 @@ def _make_way(config: RunConfig, directory: Path, console: Console, *, again: bo
         console.print(f"going on with the run in {directory}", highlight=False)
     elif again:
         console.print(f"the run that was in {directory} is now in {set_aside(directory)}", highlight=False)
+        if url := Environment().redis_url.get_secret_value():
+            async with await RunStore.connect(url, config.run.name) as store:
+                await store.erase()
     elif complete:
         raise ConfigError(
             "this run is complete", where=str(directory),

@@ -1,4 +1,4 @@
-"""The policy that a run starts from: a directory that is given, or the tiny one, warm-started on the task and cached."""
+"""The policy that a run starts from: a given directory, or the tiny one, warm-started on the task and cached."""
 
 import hashlib
 import json

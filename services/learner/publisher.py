@@ -1,4 +1,4 @@
-"""Publishes snapshots beside training: at most one in flight and one waiting; the newest waits, those between are skipped."""
+"""Publishes snapshots beside training: one in flight, and the newest waits; those between are skipped."""
 
 import asyncio
 import logging

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from services.runstore.leases import Leases
@@ -80,6 +81,13 @@ class RunStore(Log, Leases, Registry):
             learner_token=int(token or 0),
             memory_used_bytes=int((await self._info())["used_memory"]),
         )
+
+    async def erase(self) -> int:
+        """Forget everything about the run, to start anew under its old name. Returns the number of keys deleted."""
+        erased = 0
+        async for key in self._redis.scan_iter(match=self._keys("*")[0], count=1000):
+            erased += int(await self._call(partial(self._redis.delete, key)))
+        return erased
 
     async def open_draws(self) -> set[int]:
         """Leased or offered again: draws below next_draw that no entry answers yet."""

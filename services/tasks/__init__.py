@@ -72,10 +72,14 @@ def available() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def task_class(name: str) -> Any:
+    """The class of that name; an unknown one raises ConfigError."""
+    if name not in available():
+        raise ConfigError(f"unknown task {name!r}, {did_you_mean(name, available())}", where="task")
+    return importlib.import_module(f"{__name__}.{name}").TASK
+
+
 def build(settings: TaskSettings) -> Task:
     """The task of that name; unknown names and options raise ConfigError."""
-    if settings.name not in available():
-        raise ConfigError(f"unknown task {settings.name!r}, {did_you_mean(settings.name, available())}", where="task")
-    task_class = importlib.import_module(f"{__name__}.{settings.name}").TASK
-    task: Task = parse(task_class, settings.options, where=f"task {settings.name}")
+    task: Task = parse(task_class(settings.name), settings.options, where=f"task {settings.name}")
     return task

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
+from sapo_learner.archive import Head
 from sapo_learner.errors import NotFound, Unavailable
-from services.runstore import Policy, Published
+from services.runstore import Policy, Published, RunStore
 
 
 async def publish(run, step, digest):
@@ -124,3 +125,13 @@ async def test_the_state_tells_leases_by_deadline(run):
     assert 0 < state.leases[0].remaining_seconds <= 10
     assert state.memory_used_bytes > 0
     assert (state.registry_restored, state.published_version, state.learner_token) == (True, 0, run.learner)
+
+
+async def test_erase_forgets_this_run_and_no_other(run, server):
+    await run.accept(2)
+    async with await RunStore.connect(server.url, f"{run.store.run}-2", timeout=10) as other:
+        await other.rebuild(await other.acquire_token("learner"), Head(), [])
+        assert await run.store.erase() > 0
+        assert (await run.store.state()).generation is None
+        assert await run.store.versions() == {}
+        assert (await other.state()).generation == 1, "also where the other's name begins with this one's"

@@ -1,0 +1,141 @@
+"""Your own problems: a file with one JSON object per line, each with a prompt and its answer.
+
+    task: {name: jsonl, path: problems.jsonl, match: number}
+
+    {"prompt": "What is 7 + 5?", "answer": "12"}
+
+How a response is matched against the answer:
+    exact    the whole response equals it, surrounding white space aside
+    number   the last number in the response equals it as a number ("1,234.0" is 1234)
+    regex    the last match of `pattern` (its first group, if it has one) equals it, as a number where both are numbers
+
+Held out are the problems of `held_out_path`, or else a fraction of all, chosen by the hash of the prompt: the same
+prompt is on the same side in every run, however the file is ordered.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from sapo_learner.config import Settings, did_you_mean
+from sapo_learner.errors import ConfigError
+from services.tasks import Problem, Response, Split
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
+_BUCKETS = 1 << 32
+
+
+class Jsonl(Settings):
+    path: Path
+    """File with one JSON object per line."""
+    held_out_path: Path | None = None
+    """File with the held-out problems; default: a fraction of `path`."""
+    held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    match: Literal["exact", "number", "regex"] = "exact"
+    pattern: str = ""
+    """Regular expression of match: regex."""
+
+    name: ClassVar[str] = "jsonl"
+
+    @model_validator(mode="after")
+    def _pattern_is_one(self) -> "Jsonl":
+        if (self.match == "regex") != bool(self.pattern):
+            raise ValueError("pattern and match: regex belong together")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
+        return self
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return self._splits[split]
+
+    def score(self, problem: Problem, response: Response) -> dict[str, float]:
+        return {"correct": float(self._matches(response.text, problem.answer))}
+
+    def _matches(self, text: str, answer: str) -> bool:
+        if self.match == "exact":
+            return text.strip() == answer.strip()
+        if self.match == "number":
+            return _number(_last(_NUMBER, text)) == _number(answer)
+        found = _last(re.compile(self.pattern), text)
+        if found is None:
+            return False
+        value = _number(answer)
+        return found.strip() == answer.strip() or (value is not None and _number(found) == value)
+
+    @cached_property
+    def _splits(self) -> dict[Split, list[Problem]]:
+        everything = list(self._read(self.path))
+        if self.held_out_path:
+            splits: dict[Split, list[Problem]] = {"train": everything, "held_out": list(self._read(self.held_out_path))}
+        else:
+            held_out = [self._is_held_out(problem) for problem in everything]
+            splits = {
+                "train": [each for each, out in zip(everything, held_out, strict=True) if not out],
+                "held_out": [each for each, out in zip(everything, held_out, strict=True) if out],
+            }
+        for split, problems in splits.items():
+            if not problems:
+                raise ConfigError(
+                    f"no problem is left for the {split.replace('_', '-')} split of {len(everything)}",
+                    where=str(self.path),
+                    fix="add problems, or change task.held_out_fraction or task.held_out_path",
+                )
+        return splits
+
+    def _is_held_out(self, problem: Problem) -> bool:
+        digest = hashlib.sha256(problem.prompt.encode()).digest()
+        return int.from_bytes(digest[:4], "big") < self.held_out_fraction * _BUCKETS
+
+    def _read(self, path: Path) -> Iterator[Problem]:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"not readable: {error}", where=f"task.path {path}") from None
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield self._problem(line, f"{path}:{number}", f"{path.name}:{number}")
+
+    def _problem(self, line: str, where: str, identifier: str) -> Problem:
+        try:
+            data: Any = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"not JSON: {error}", where=where, fix="every line is one JSON object") from None
+        if not isinstance(data, dict):
+            raise ConfigError("not a JSON object", where=where, fix='for example {"prompt": "7+5=", "answer": "12"}')
+        texts = []
+        for field in (self.prompt_field, self.answer_field):
+            if field not in data:
+                fix = f"{did_you_mean(field, data)}; or set task.prompt_field and task.answer_field"
+                raise ConfigError(f"no field {field!r}", where=where, fix=fix)
+            if not isinstance(data[field], str | int | float) or str(data[field]) == "":
+                raise ConfigError(f"{field!r} is {data[field]!r}, not a text or number", where=where)
+            texts.append(str(data[field]))
+        if self.match == "number" and _number(texts[1]) is None:
+            raise ConfigError(f"the answer {texts[1]!r} is not a number", where=where, fix="use match: exact or regex")
+        return Problem(id=identifier, prompt=texts[0], answer=texts[1])
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str | None:
+    """The last match's first group, or all of it when the pattern has none."""
+    matches = list(pattern.finditer(text))
+    return matches[-1].group(1 if pattern.groups else 0) if matches else None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float((text or "").strip().replace(",", "").removeprefix("$"))
+    except ValueError:
+        return None
+
+
+TASK = Jsonl
