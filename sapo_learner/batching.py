@@ -7,14 +7,15 @@ Shape letters: B rows, L padded length, T packed response tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sapo_learner.advantages import has_signal
 from sapo_learner.aggregation import StepCounts
-from sapo_learner.config import AggregationSettings
 from sapo_learner.trajectory import Trajectory, TrajectoryGroup
 
 
@@ -27,7 +28,7 @@ class Microbatch:
     predictor: Tensor  # [T] int64: index into the flattened [B * L] positions whose hidden state predicts the token
     targets: Tensor  # [T] int64 token ids
     behaviour_logprobs: Tensor  # [T] float32
-    advantages: Tensor  # [T] float32
+    advantages: Tensor  # [T] float64
     loss_mask: Tensor  # [T] bool
     sequence_ids: Tensor  # [T] int64, unique over the step
     policy_age: Tensor  # [T] int64, optimizer steps
@@ -39,6 +40,7 @@ class TrainingBatch:
 
     microbatches: tuple[Microbatch, ...]
     counts: StepCounts
+    signal: tuple[bool, ...]  # per group: whether it moves the policy; the others are in no microbatch
 
 
 @dataclass(frozen=True)
@@ -59,27 +61,27 @@ def collate(
     *,
     step: int,
     microbatch_tokens: int,
-    normalise_by: str = AggregationSettings().normalise_by,
+    normalise_by: Literal["step", "signal"] = "step",
 ) -> TrainingBatch:
-    """Pack the responses of all groups whose advantages are not all zero.
+    """Pack the responses of all groups with signal: one with sampled tokens has an advantage that is not 0.
 
     advantages: one [G] array per group. step: optimizer steps done before this one, from which ages are counted.
     microbatch_tokens: bound on B * L. normalise_by "step": groups without signal count in the denominators.
     """
     rows: list[_Row] = []
-    sequences = tokens = sequence_id = 0
+    signal: list[bool] = []
+    counts = StepCounts(sequences=0, tokens=0)
     for group, group_advantages in zip(groups, advantages, strict=True):
-        signal = bool(np.any(group_advantages != 0))
-        for trajectory, advantage in zip(group.trajectories, group_advantages, strict=True):
-            learnt = int(trajectory.loss_mask.sum())
-            if signal or normalise_by == "step":
-                sequences += learnt > 0
-                tokens += learnt
-            if signal and learnt > 0:
-                rows.append(_Row(group.prompt_ids, trajectory, float(advantage), sequence_id))
-            sequence_id += 1
+        sampled = np.array([trajectory.loss_mask.sum() for trajectory in group.trajectories])  # [G] tokens
+        signal.append(has_signal(group_advantages[sampled > 0]))
+        if signal[-1] or normalise_by == "step":
+            counts += StepCounts(sequences=int((sampled > 0).sum()), tokens=int(sampled.sum()))
+        if signal[-1]:
+            for index in np.flatnonzero(sampled):
+                response, advantage = group.trajectories[index], float(group_advantages[index])
+                rows.append(_Row(group.prompt_ids, response, advantage, sequence_id=len(rows)))
     microbatches = tuple(_microbatch(part, step) for part in _buckets(rows, microbatch_tokens))
-    return TrainingBatch(microbatches, StepCounts(sequences=sequences, tokens=tokens))
+    return TrainingBatch(microbatches, counts, tuple(signal))
 
 
 def _buckets(rows: list[_Row], budget: int) -> list[list[_Row]]:
@@ -110,7 +112,7 @@ def _microbatch(rows: list[_Row], step: int) -> Microbatch:
         predictor=torch.from_numpy(np.concatenate(predictor)),
         targets=torch.from_numpy(np.concatenate([row.response.token_ids for row in rows]).astype(np.int64)),
         behaviour_logprobs=torch.from_numpy(np.concatenate([row.response.behaviour_logprobs for row in rows])),
-        advantages=torch.from_numpy(np.repeat([row.advantage for row in rows], lengths).astype(np.float32)),
+        advantages=torch.from_numpy(np.repeat([row.advantage for row in rows], lengths)),
         loss_mask=torch.from_numpy(np.concatenate([row.response.loss_mask for row in rows])),
         sequence_ids=torch.from_numpy(np.repeat([row.sequence_id for row in rows], lengths)),
         policy_age=torch.from_numpy(step - np.concatenate([row.response.token_steps() for row in rows])),

@@ -72,6 +72,7 @@ class WarmStartSettings(Settings):
     clean_extra_steps: int = Field(default=200, ge=1)
     """Further steps, as often as needed, while held-out accuracy is below the target."""
     clean_limit: int = Field(default=2300, ge=1)
+    """Steps after which the phase has failed."""
     clean_learning_rate: float = Field(default=4e-3, gt=0)
     clean_target: float = Field(default=0.95, gt=0, le=1)
     habit_steps: int = Field(default=25, ge=1)
@@ -83,6 +84,8 @@ class WarmStartSettings(Settings):
     """Share of habit demonstrations that skip the reasoning and guess."""
     samples: int = Field(default=2000, ge=1)
     """Sampled responses behind each accuracy, at least."""
+    max_tokens: int = Field(default=12, ge=1)
+    """Token limit of such a response."""
 
 
 class PolicySettings(Settings):
@@ -143,10 +146,10 @@ def parse(model: type[Model], data: Mapping[str, Any], *, where: str) -> Model:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """ "did you mean 'x'?", or the list of what exists when nothing is near."""
+    """What exists, after "did you mean 'x'?" when something is near."""
     known = sorted(names)
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known)}"
 
 
 def _sentence(model: type[BaseModel], data: Mapping[str, Any], error: Mapping[str, Any]) -> str:
@@ -157,18 +160,16 @@ def _sentence(model: type[BaseModel], data: Mapping[str, Any], error: Mapping[st
     if error["type"] == "missing":
         return f"{dotted!r} is required"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return (
-        f"{dotted!r}: {message}" if error["type"] == "value_error" else f"{dotted!r}: {message}, got {error['input']!r}"
-    )
+    given = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    return f"{dotted!r}: {message}{given}"
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the model that `path` leads to from `model`."""
+    """Field names of the model that `path` leads to from `model`, through lists and mappings of models too."""
     for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if part not in model.model_fields:
+            continue  # an index or a key: the element's model is already at hand
+        annotation = model.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
-        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if found is None:
-            return []
-        model = found
+        model = next((each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)), model)
     return list(model.model_fields)

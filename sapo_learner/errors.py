@@ -15,7 +15,7 @@ Add a class only when a caller must treat it differently. The message says what 
 
 
 class SapoError(Exception):
-    """Base of the tree. `code` is the canonical gRPC status name; `http_status` and `exit_code` follow from the class."""
+    """Base of the tree. `code` is the canonical gRPC status name; HTTP status and exit code follow from the class."""
 
     code = "UNKNOWN"
     http_status = 500

@@ -10,7 +10,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class UpdateReport:
     tokens: int
     sequences: int
     entropy: float  # nats per token, of the current policy at the sampling temperature
+    clamped_fraction: float  # of tokens whose log ratio was cut off, and with it their gradient
     log_ratio_std: float  # of current over behaviour log-prob, per token
     policy_age_mean: float  # optimizer steps
     policy_age_max: int
@@ -43,33 +44,52 @@ class UpdateReport:
     seconds: Mapping[str, float]  # phase -> wall seconds
 
 
-@dataclass
 class _Sums:
-    """Token sums of one step, over its microbatches."""
+    """Sums of one step over the tokens that the loss sees, microbatch by microbatch; floats in double precision."""
 
-    values: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    diagnostics: defaultdict[str, dict[str, list[float]]] = field(
-        default_factory=lambda: defaultdict(lambda: {key: [0.0, 0.0] for key in ("all", "positive", "negative")})
-    )
-    policy_age_max: int = 0
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.policy_age = 0
+        self.policy_age_max = 0
+        self._totals: defaultdict[str, float] = defaultdict(float)
+        self._diagnostics: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])  # sum, tokens
 
     def add(self, tokens: Tokens, diagnostics: Mapping[str, Tensor]) -> None:
         mask = tokens.loss_mask
-        log_ratio = tokens.log_ratio.detach()[mask].double()
         assert tokens.policy_age is not None
-        age = tokens.policy_age[mask]
-        self.values["tokens"] += int(mask.sum())
-        self.values["entropy"] += float(tokens.entropy[mask].sum()) if tokens.entropy is not None else 0.0
-        self.values["log_ratio"] += float(log_ratio.sum())
-        self.values["log_ratio_square"] += float((log_ratio**2).sum())
-        self.values["policy_age"] += float(age.sum())
-        self.policy_age_max = max(self.policy_age_max, int(age.max()) if len(age) else 0)
+        assert tokens.entropy is not None
+        log_ratio, age = tokens.log_ratio.detach(), tokens.policy_age[mask]
+        self.tokens += len(age)
+        self.policy_age += int(age.sum())
+        self.policy_age_max = max(self.policy_age_max, int(age.max()))  # a response in a microbatch has a token
+        for name, values in {
+            "entropy": tokens.entropy,
+            "clamped": tokens.clamped,
+            "log_ratio": log_ratio,
+            "log_ratio_square": log_ratio.double() ** 2,
+        }.items():
+            self._totals[name] += float(values[mask].double().sum())
         signs = {"all": mask, "positive": mask & (tokens.advantages > 0), "negative": mask & (tokens.advantages < 0)}
-        for name, value in diagnostics.items():
+        for name, values in diagnostics.items():
             for sign, chosen in signs.items():
-                total = self.diagnostics[name][sign]
-                total[0] += float(value[chosen].double().sum())
+                total = self._diagnostics[name, sign]
+                total[0] += float(values[chosen].double().sum())
                 total[1] += int(chosen.sum())
+
+    def mean(self, name: str) -> float:
+        return self._totals[name] / max(self.tokens, 1)
+
+    @property
+    def log_ratio_std(self) -> float:
+        return math.sqrt(max(0.0, self.mean("log_ratio_square") - self.mean("log_ratio") ** 2))
+
+    @property
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        means: dict[str, dict[str, float]] = {}
+        for (name, sign), (total, count) in self._diagnostics.items():
+            if count:
+                means.setdefault(name, {})[sign] = total / count
+        return means
 
 
 class Learner:
@@ -101,9 +121,6 @@ class Learner:
         backward_done = time.perf_counter()
         norm, refusal = self._apply(rate, loss) if batch.microbatches else (0.0, "")
         self.step_count += 1
-        tokens = max(int(sums.values["tokens"]), 1)
-        mean_log_ratio = sums.values["log_ratio"] / tokens
-        variance = max(0.0, sums.values["log_ratio_square"] / tokens - mean_log_ratio**2)
         return UpdateReport(
             step=self.step_count,
             applied=bool(batch.microbatches) and not refusal,
@@ -111,16 +128,14 @@ class Learner:
             learning_rate=rate,
             loss=loss,
             gradient_norm=norm,
-            tokens=int(sums.values["tokens"]),
+            tokens=sums.tokens,
             sequences=sum(len(microbatch.input_ids) for microbatch in batch.microbatches),
-            entropy=sums.values["entropy"] / tokens,
-            log_ratio_std=math.sqrt(variance),
-            policy_age_mean=sums.values["policy_age"] / tokens,
+            entropy=sums.mean("entropy"),
+            clamped_fraction=sums.mean("clamped"),
+            log_ratio_std=sums.log_ratio_std,
+            policy_age_mean=sums.policy_age / max(sums.tokens, 1),
             policy_age_max=sums.policy_age_max,
-            diagnostics={
-                name: {sign: total / count for sign, (total, count) in by_sign.items() if count}
-                for name, by_sign in sums.diagnostics.items()
-            },
+            diagnostics=sums.diagnostics,
             seconds={"backward": backward_done - started, "optimizer": time.perf_counter() - backward_done},
         )
 
@@ -154,15 +169,13 @@ class Learner:
 
     def _apply(self, rate: float, loss: float) -> tuple[float, str]:
         """Clip and update, unless something is not finite; returns the gradient norm and the reason for refusing."""
-        parameters = [each for each in self.policy.model.parameters() if each.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.optimizer.max_grad_norm))
+        parameters = {name: each for name, each in self.policy.model.named_parameters() if each.grad is not None}
+        total = torch.nn.utils.get_total_norm(each.grad for each in parameters.values())
+        norm = float(total)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            culprit = next(
-                (name for name, each in self.policy.model.named_parameters()
-                 if each.grad is not None and not torch.isfinite(each.grad).all()),
-                "the loss",
-            )  # fmt: skip
-            return norm, f"loss {loss}, gradient norm {norm}: not finite, first in {culprit}; weights left unchanged"
+            reason = f"{_culprit(loss, parameters)} is not finite (loss {loss}, gradient norm {norm})"
+            return norm, f"{reason}; weights and optimizer are left unchanged"
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.settings.optimizer.max_grad_norm, total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -183,7 +196,17 @@ class Learner:
         self.optimizer.state.clear()
         for name, tensor in tensors.items():
             parameter_name, _, key = name.rpartition("/")
-            self.optimizer.state[parameters[parameter_name]][key] = tensor.clone()
+            parameter = parameters[parameter_name]
+            device = tensor.device if key == "step" else parameter.device  # AdamW counts its steps on the CPU
+            self.optimizer.state[parameter][key] = tensor.to(device, copy=True)
+
+
+def _culprit(loss: float, parameters: Mapping[str, Tensor]) -> str:
+    """What to name when an update is refused; before clipping, which would spread a NaN over every gradient."""
+    if not math.isfinite(loss):  # then so is every gradient behind it
+        return "the loss"
+    bad = (name for name, each in parameters.items() if each.grad is not None and not each.grad.isfinite().all())
+    return next((f"the gradient of {name}" for name in bad), "the sum of squared gradients")
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:

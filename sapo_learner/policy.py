@@ -3,13 +3,13 @@
 Shape letters: B rows, L padded length, H hidden width, V vocabulary.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from transformers.utils import logging as transformers_logging
@@ -72,8 +72,9 @@ class Policy:
 def load_policy(directory: Path, *, weights: bool = True) -> Policy:
     """Read a Hugging Face model directory as float32; `weights=False` leaves the model as initialised.
 
-    Raises ConfigError when the directory is not one, or when the model's logits are not a plain projection of its
-    last hidden states (soft-capping, scaling), which log-probs from hidden states would silently miss.
+    Raises ConfigError when the directory is not one, when it lacks some weights, or when the model's logits are not a
+    plain projection of its last hidden states (soft-capping, scaling), which log-probs from hidden states would
+    silently miss.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
@@ -83,20 +84,28 @@ def load_policy(directory: Path, *, weights: bool = True) -> Policy:
             fix="give the directory of a Hugging Face causal language model, or 'tiny' for the built-in one",
         )
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        model = (
-            AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-            if weights
-            else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        )
+        model, absent = _read_model(directory, weights=weights)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"transformers cannot load it: {error}", where=f"policy {directory}") from error
+    if absent:
+        raise ConfigError(f"weights are missing: {', '.join(absent[:5])}", where=f"policy {directory}")
     model.eval()
     names = [name for name in (*MODEL_FILES, *sorted(TOKENIZER_FILES)) if (directory / name).is_file()]
     policy = Policy(model, tokenizer, {name: (directory / name).read_bytes() for name in names})
-    _require_plain_head(policy, directory)
+    require_plain_head(policy, directory)
     return policy
+
+
+def _read_model(directory: Path, *, weights: bool) -> tuple[Any, list[str]]:
+    """The model, and names of tensors that transformers did not find and would leave at random values."""
+    if not weights:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), []
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    return model, sorted(info["missing_keys"])
 
 
 def load_weights(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
@@ -153,15 +162,30 @@ def _character_tokenizer(alphabet: str) -> Any:
 
 
 @torch.no_grad()
-def _require_plain_head(policy: Policy, directory: Path) -> None:
+def require_plain_head(policy: Policy, directory: Path) -> None:
+    """ConfigError if anything happens between the last hidden states, the output projection and the logits.
+
+    The projection's output is replaced by large numbers, because a cap of 30 does not show on the logits near 0 of a
+    model that is hardly trained.
+    """
     ids = torch.arange(4)[None] % policy.vocabulary
-    logits = policy.model(input_ids=ids).logits
+    large = torch.linspace(-100, 100, ids.numel() * policy.vocabulary).reshape(*ids.shape, -1)
+    seen: list[Tensor] = []
+
+    def replace(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.extend(inputs)
+        return large
+
+    hook = policy.model.get_output_embeddings().register_forward_hook(replace)
+    try:
+        logits = policy.model(input_ids=ids).logits
+    finally:
+        hook.remove()
     hidden = policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))
-    head = policy.model.get_output_embeddings()
-    if not torch.allclose(head(hidden), logits, atol=1e-4, rtol=1e-4):
-        kind = json.loads(policy.files["config.json"]).get("architectures", ["unknown"])[0]
+    if not torch.equal(logits, large) or not torch.allclose(seen[0], hidden, atol=1e-4, rtol=1e-4):
         raise ConfigError(
-            f"{kind} changes its logits after the output projection, which training from hidden states would miss",
+            f"{type(policy.model).__name__} changes its logits around the output projection, which training from "
+            "hidden states would miss",
             where=f"policy {directory}",
             fix="use a model without logit soft-capping or scaling",
         )

@@ -4,6 +4,7 @@ A step is the next `groups_per_step` entries after the cursor, whatever becomes 
 log comes from, what a checkpoint or a metric is: callers do that between the reports that `train` yields.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,9 +12,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sapo_learner.advantages import group_advantages, has_signal
+from sapo_learner.advantages import group_advantages
 from sapo_learner.archive import GENESIS, Entry
-from sapo_learner.batching import collate
+from sapo_learner.batching import TrainingBatch, collate
 from sapo_learner.config import LearnerSettings
 from sapo_learner.errors import InvalidTrajectory
 from sapo_learner.learner import Learner, UpdateReport
@@ -36,15 +37,21 @@ class Position:
     chain: str = GENESIS
     ledger: Ledger = field(default_factory=Ledger)
 
+    def advance(self, last: Entry, outcomes: Mapping[Outcome, int]) -> None:
+        """Move behind `last`, having made `outcomes` of the entries up to there."""
+        for outcome, count in outcomes.items():
+            self.ledger = self.ledger.add(outcome, count)
+        self.cursor, self.chain = last.sequence, last.chain
+
 
 @dataclass(frozen=True)
 class StepReport:
     """One step: what came in, and what the update did."""
 
     update: UpdateReport
-    outcomes: Mapping[str, int]  # groups by outcome
+    outcomes: Mapping[str, int]  # entries by outcome, every outcome named
     cursor: int  # last log sequence consumed
-    groups: Sequence[TrajectoryGroup]  # those that decoded
+    groups: Sequence[TrajectoryGroup]  # those that were neither invalid nor stale
     advantages: Sequence[NDArray[np.float64]]  # [G] of each group in `groups`
     invalid: Mapping[str, str]  # entry id -> what was wrong with it
 
@@ -63,53 +70,59 @@ def train(
         entries = log.next(position.cursor, settings.training.groups_per_step)
         if entries is None:
             return
-        outcomes: dict[str, Outcome] = {}
-        groups, invalid = _decode(entries, decode, outcomes)
-        fresh = {}
-        for entry_id, group in groups.items():
-            if learner.step_count - group.oldest_step > settings.training.max_policy_age:
-                outcomes[entry_id] = Outcome.stale
-            else:
-                fresh[entry_id] = group
-        advantages = {
-            entry_id: group_advantages(np.array([each.reward for each in group.trajectories]), settings.advantages)
-            for entry_id, group in fresh.items()
-        }
-        batch = collate(
-            list(fresh.values()),
-            list(advantages.values()),
-            step=learner.step_count,
-            microbatch_tokens=settings.training.microbatch_tokens,
-            normalise_by=settings.aggregation.normalise_by,
-        )
+        oldest_step = learner.step_count - settings.training.max_policy_age
+        groups, stale, invalid = _read(entries, decode, oldest_step)
+        advantages = [_advantages(group, settings) for group in groups]
+        batch = _collate(groups, advantages, settings, learner.step_count)
         update = learner.step(batch)
-        for entry_id, values in advantages.items():
-            if not has_signal(values):
-                outcomes[entry_id] = Outcome.degenerate
-            else:
-                outcomes[entry_id] = Outcome.refused if update.refusal else Outcome.trained
-        for outcome in outcomes.values():
-            position.ledger = position.ledger.add(outcome)
-        position.cursor, position.chain = entries[-1].sequence, entries[-1].chain
+        outcomes = Counter(
+            Outcome.degenerate if not signal else Outcome.refused if update.refusal else Outcome.trained
+            for signal in batch.signal
+        )
+        outcomes.update({Outcome.stale: stale, Outcome.invalid: len(invalid)})
+        position.advance(entries[-1], outcomes)
         yield StepReport(
             update=update,
-            outcomes={kind.value: sum(each == kind for each in outcomes.values()) for kind in Outcome},
+            outcomes={outcome.value: outcomes[outcome] for outcome in Outcome},
             cursor=position.cursor,
-            groups=list(fresh.values()),
-            advantages=list(advantages.values()),
+            groups=groups,
+            advantages=advantages,
             invalid=invalid,
         )
 
 
-def _decode(
-    entries: Sequence[Entry], decode: Decode, outcomes: dict[str, Outcome]
-) -> tuple[dict[str, TrajectoryGroup], dict[str, str]]:
-    """Groups by entry id; an entry that does not decode is `invalid`, named, and costs the run nothing else."""
-    groups, invalid = {}, {}
+def _read(
+    entries: Sequence[Entry], decode: Decode, oldest_step: int
+) -> tuple[list[TrajectoryGroup], int, dict[str, str]]:
+    """Groups to train on, the number of those older than `oldest_step`, and why others (by entry id) do not decode.
+
+    A bad entry costs the run nothing but itself.
+    """
+    groups, stale, invalid = [], 0, {}
     for entry in entries:
         try:
-            groups[entry.id] = decode(entry.payload)
+            group = decode(entry.payload)
         except InvalidTrajectory as error:
-            outcomes[entry.id] = Outcome.invalid
             invalid[entry.id] = str(error)
-    return groups, invalid
+            continue
+        if group.oldest_step < oldest_step:
+            stale += 1
+        else:
+            groups.append(group)
+    return groups, stale, invalid
+
+
+def _advantages(group: TrajectoryGroup, settings: LearnerSettings) -> NDArray[np.float64]:
+    return group_advantages([response.reward for response in group.trajectories], settings.advantages)
+
+
+def _collate(
+    groups: Sequence[TrajectoryGroup], advantages: Sequence[NDArray[np.float64]], settings: LearnerSettings, step: int
+) -> TrainingBatch:
+    return collate(
+        groups,
+        advantages,
+        step=step,
+        microbatch_tokens=settings.training.microbatch_tokens,
+        normalise_by=settings.aggregation.normalise_by,
+    )

@@ -8,8 +8,9 @@ Measured on at least `samples` sampled responses at temperature 1, every held-ou
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from sapo_learner.errors import SapoError
 from sapo_learner.policy import Policy
 
 Demonstrate = Callable[[random.Random, bool], tuple[str, str]]  # (generator, habit) -> (prompt, response)
+Progress = Callable[[str, int, int], None]  # (phase, steps done, step limit)
 Correct = Callable[[int, str, bool], bool]  # (held-out problem, response text, ended by itself) -> correct
 
 
@@ -53,66 +55,92 @@ def warm_start(
     settings: WarmStartSettings,
     *,
     seed: int,
-    progress: Callable[[str, int, int], None] = lambda phase, step, limit: None,
+    progress: Progress = lambda phase, step, limit: None,
 ) -> WarmStartReport:
     """Train `policy` in place. Raises SapoError when a phase misses its target within its step limit."""
-    generator = random.Random(seed)
     torch.manual_seed(seed)
-    clean_steps = 0
-    ceiling = Accuracy(0.0, 0.0, 0)
-    while ceiling.mean < settings.clean_target:
-        _within(clean_steps, settings.clean_limit, "clean", f"accuracy {ceiling.mean:.3f} < {settings.clean_target}")
-        count = settings.clean_steps if clean_steps == 0 else settings.clean_extra_steps
-        rate = settings.clean_learning_rate * (1.0 if clean_steps == 0 else 0.25)
-        _supervise(policy, demonstrate, generator, count, rate, settings.batch, 0.0,
-                   lambda step: progress("clean", clean_steps + step, settings.clean_limit))  # fmt: skip
-        clean_steps += count
-        ceiling = measure(policy, prompts, correct, settings.samples)
-    habit_steps, base = 0, ceiling
-    while base.mean > settings.habit_target:
-        _within(habit_steps, settings.habit_limit, "habit", f"pass@1 {base.mean:.3f} > {settings.habit_target}")
-        _supervise(policy, demonstrate, generator, settings.habit_steps, settings.habit_learning_rate, settings.batch,
-                   settings.habit_share, lambda step: progress("habit", habit_steps + step, settings.habit_limit))  # fmt: skip
-        habit_steps += settings.habit_steps
-        base = measure(policy, prompts, correct, settings.samples)
+    trainer = _Trainer(policy, demonstrate, prompts, correct, settings, random.Random(seed), progress)
+    rate = settings.clean_learning_rate
+    clean = _Phase(
+        name="clean",
+        limit=settings.clean_limit,
+        habit_share=0.0,
+        rounds=chain([(settings.clean_steps, rate)], repeat((settings.clean_extra_steps, rate / 4))),
+        short=lambda accuracy: f"< {settings.clean_target}" if accuracy < settings.clean_target else "",
+    )
+    habit = _Phase(
+        name="habit",
+        limit=settings.habit_limit,
+        habit_share=settings.habit_share,
+        rounds=repeat((settings.habit_steps, settings.habit_learning_rate)),
+        short=lambda accuracy: f"> {settings.habit_target}" if accuracy > settings.habit_target else "",
+    )
+    ceiling, clean_steps = trainer.run(clean, Accuracy(0.0, 0.0, 0))
+    base, habit_steps = trainer.run(habit, ceiling)
     return WarmStartReport(ceiling, base, clean_steps, habit_steps)
 
 
-def _within(done: int, limit: int, phase: str, state: str) -> None:
-    if done >= limit:
-        raise SapoError(
-            f"the {phase} phase of the warm start ended after {done} steps with {state}",
-            fix=f"raise policy.warm_start.{phase}_limit or try another seed",
-        )
+@dataclass(frozen=True)
+class _Phase:
+    """Rounds of supervised steps until the accuracy is right."""
+
+    name: str
+    limit: int  # steps
+    habit_share: float
+    rounds: Iterator[tuple[int, float]]  # steps, and the learning rate they start with
+    short: Callable[[float], str]  # accuracy -> what is wrong with it, "" when it will do
 
 
-def _supervise(
-    policy: Policy,
-    demonstrate: Demonstrate,
-    generator: random.Random,
-    steps: int,
-    learning_rate: float,
-    batch: int,
-    habit_share: float,
-    progress: Callable[[int], None],
-) -> None:
-    """Cross-entropy on responses, AdamW, learning rate falling linearly to a tenth."""
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
-    policy.model.train()
-    for step in range(steps):
-        pairs = [demonstrate(generator, generator.random() < habit_share) for _ in range(batch)]
-        input_ids, attention_mask, labels = _demonstrations(policy, pairs)
-        hidden = policy.hidden(input_ids, attention_mask)[:, :-1]
-        logits = functional.linear(hidden, policy.head_weight, policy.head_bias)
-        loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress(step + 1)
-    policy.model.eval()
+@dataclass(frozen=True)
+class _Trainer:
+    policy: Policy
+    demonstrate: Demonstrate
+    prompts: Sequence[str]
+    correct: Correct
+    settings: WarmStartSettings
+    generator: random.Random
+    progress: Progress
+
+    def run(self, phase: _Phase, accuracy: Accuracy) -> tuple[Accuracy, int]:
+        """Accuracy after the phase and the steps it took: none, if `accuracy`, that of before, will do."""
+        done = 0
+        while wrong := phase.short(accuracy.mean):
+            if done >= phase.limit:
+                raise SapoError(
+                    f"the {phase.name} phase of the warm start ended after {done} steps with pass@1 "
+                    f"{accuracy.mean:.3f} {wrong}",
+                    fix=f"raise policy.warm_start.{phase.name}_limit or try another seed",
+                )
+            steps, learning_rate = next(phase.rounds)
+            steps = min(steps, phase.limit - done)
+            self._supervise(phase, steps, learning_rate, done)
+            done += steps
+            settings = self.settings
+            accuracy = measure(self.policy, self.prompts, self.correct, settings.samples, settings.max_tokens)
+        return accuracy, done
+
+    def _supervise(self, phase: _Phase, steps: int, learning_rate: float, done: int) -> None:
+        """Cross-entropy on responses, AdamW, learning rate falling linearly to a tenth."""
+        policy, model = self.policy, self.policy.model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
+        model.train()
+        for step in range(steps):
+            input_ids, attention_mask, labels = _demonstrations(policy, self._pairs(phase.habit_share))
+            hidden = policy.hidden(input_ids, attention_mask)[:, :-1]
+            logits = functional.linear(hidden, policy.head_weight, policy.head_bias)
+            loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            self.progress(phase.name, done + step + 1, phase.limit)
+        model.eval()
+
+    def _pairs(self, habit_share: float) -> list[tuple[str, str]]:
+        draw = self.generator
+        return [self.demonstrate(draw, draw.random() < habit_share) for _ in range(self.settings.batch)]
 
 
 def _demonstrations(policy: Policy, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,11 +162,10 @@ def _demonstrations(policy: Policy, pairs: Sequence[tuple[str, str]]) -> tuple[T
 
 
 @torch.no_grad()
-def measure(policy: Policy, prompts: Sequence[str], correct: Correct, samples: int, max_tokens: int = 12) -> Accuracy:
+def measure(policy: Policy, prompts: Sequence[str], correct: Correct, samples: int, max_tokens: int) -> Accuracy:
     """pass@1 over at least `samples` responses, the same number for every prompt."""
     repeats = math.ceil(samples / len(prompts))
-    policy.tokenizer.padding_side = "left"
-    inputs = policy.tokenizer(list(prompts), return_tensors="pt", padding=True)
+    inputs = policy.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
     solved: list[bool] = []
     for _ in range(repeats):
         output = policy.model.generate(

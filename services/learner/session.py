@@ -155,6 +155,7 @@ def step_record(step: StepReport, started: float, ended: float, waited: float) -
         "sequences": update.sequences,
         "entropy": update.entropy,
         "log_ratio_std": update.log_ratio_std,
+        "clamped_fraction": update.clamped_fraction,
         "policy_age_mean": update.policy_age_mean,
         "policy_age_max": update.policy_age_max,
         "diagnostics": {name: dict(values) for name, values in update.diagnostics.items()},

@@ -173,8 +173,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         base = OmegaConf.load(path) if path else OmegaConf.create({})
     except FileNotFoundError:
         raise ConfigError("no such file", where=where, fix="`sapo config` prints a complete example") from None
-    except (YAMLError, OSError) as error:
-        raise ConfigError(f"not readable as YAML: {error}", where=where) from None
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not readable as YAML: {_one_line(error)}", where=where) from None
     if not isinstance(base, DictConfig):
         raise ConfigError("not a mapping of settings", where=where)
     for override in overrides:
@@ -183,11 +183,19 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
                 f"{override!r} is not KEY=VALUE", where="--set", fix="for example --set training.steps=50"
             )
     try:
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        dotlist = OmegaConf.from_dotlist(list(overrides))
+    except YAMLError as error:
+        raise ConfigError(f"a value is not readable as YAML: {_one_line(error)}", where="--set") from None
+    try:
+        merged = OmegaConf.merge(base, dotlist)
         data: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error), where=where) from None
     return parse(RunConfig, data, where=where)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def dump_config(config: RunConfig) -> str:
