@@ -8,6 +8,7 @@ from sapo_learner.policy import Policy
 from services.control_plane.sampler import derive_seed
 from services.rollout.engines import PolicyVersion, Sampled, SampleRequest
 from services.rollout.engines.torch_engine import TorchEngine
+from services.rollout.responder import ended
 from services.run_directory import load_any_policy
 from services.tasks import Response, TaskSettings, build
 
@@ -45,7 +46,7 @@ async def sample(
         {
             "prompt": prompt,
             "text": _response(policy, each).text,
-            "finish_reason": each.finish_reason,
+            "finish_reason": ended(each),
             "logprob": sum(each.logprobs),
             "tokens": policy.tokenizer.convert_ids_to_tokens(each.token_ids),
             "token_ids": each.token_ids,
@@ -75,4 +76,4 @@ async def _sample(
 
 
 def _response(policy: Policy, sampled: Sampled) -> Response:
-    return Response(policy.tokenizer.decode(sampled.token_ids, skip_special_tokens=True), sampled.finish_reason)
+    return Response(policy.tokenizer.decode(sampled.token_ids, skip_special_tokens=True), ended(sampled))

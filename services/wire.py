@@ -90,7 +90,7 @@ def from_message(message: pb.TrajectoryGroup) -> TrajectoryGroup:
             epoch=message.epoch,
             seed=message.seed,
             prompt_ids=_vector(message.prompt_ids, pb.DTYPE_INT32, "prompt_ids"),
-            trajectories=tuple(_decode_trajectory(each) for each in message.trajectories),
+            trajectories=tuple(_decode_trajectory(*each) for each in enumerate(message.trajectories)),
             sampling=SamplingParameters(
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,
@@ -108,10 +108,11 @@ def from_message(message: pb.TrajectoryGroup) -> TrajectoryGroup:
 def check_against_run(group: TrajectoryGroup, *, vocabulary: int, versions: Mapping[int, int]) -> None:
     """Refuse ids outside the vocabulary, unknown policy versions, and versions said to come from another step."""
     where = f"draw {group.draw}"
-    for name, ids in [("prompt", group.prompt_ids), *(("response", each.token_ids) for each in group.trajectories)]:
+    responses = ((f"response {index}: token_ids", each.token_ids) for index, each in enumerate(group.trajectories))
+    for name, ids in (("prompt_ids", group.prompt_ids), *responses):
         highest = int(ids.max())
         if highest >= vocabulary:
-            raise InvalidTrajectory(f"{name} token id {highest} is outside the vocabulary of {vocabulary}", where=where)
+            raise InvalidTrajectory(f"{name} holds {highest}, outside the vocabulary of {vocabulary}", where=where)
     for span in {span for each in group.trajectories for span in each.spans}:
         if span.version not in versions:
             raise InvalidTrajectory(f"policy version {span.version} is not one of the run's", where=where)
@@ -135,15 +136,18 @@ def _encode_trajectory(trajectory: Trajectory) -> pb.Trajectory:
     )
 
 
-def _decode_trajectory(message: pb.Trajectory) -> Trajectory:
-    return Trajectory(
-        token_ids=_vector(message.token_ids, pb.DTYPE_INT32, "token_ids"),
-        behaviour_logprobs=_vector(message.behaviour_logprobs, pb.DTYPE_FLOAT32, "behaviour_logprobs"),
-        loss_mask=_vector(message.loss_mask, pb.DTYPE_BOOL, "loss_mask"),
-        spans=tuple(VersionSpan(each.length, each.policy_version, each.policy_step) for each in message.spans),
-        rewards=dict(message.rewards),
-        finish_reason=_FINISH_NAMES.get(message.finish_reason, "unspecified"),
-    )
+def _decode_trajectory(index: int, message: pb.Trajectory) -> Trajectory:
+    try:
+        return Trajectory(
+            token_ids=_vector(message.token_ids, pb.DTYPE_INT32, "token_ids"),
+            behaviour_logprobs=_vector(message.behaviour_logprobs, pb.DTYPE_FLOAT32, "behaviour_logprobs"),
+            loss_mask=_vector(message.loss_mask, pb.DTYPE_BOOL, "loss_mask"),
+            spans=tuple(VersionSpan(each.length, each.policy_version, each.policy_step) for each in message.spans),
+            rewards=dict(message.rewards),
+            finish_reason=_FINISH_NAMES.get(message.finish_reason, "unspecified"),
+        )
+    except InvalidTrajectory as error:
+        raise InvalidTrajectory(f"response {index}: {error.what}") from None
 
 
 def _array(values: NDArray[Any], dtype: pb.DType) -> pb.Array:
@@ -152,7 +156,9 @@ def _array(values: NDArray[Any], dtype: pb.DType) -> pb.Array:
 
 def _vector(array: pb.Array, dtype: pb.DType, name: str) -> NDArray[Any]:
     if array.dtype != dtype:
-        raise InvalidTrajectory(f"{name} has dtype {array.dtype}, expected {dtype}")
+        known = pb.DType.values()
+        given = pb.DType.Name(array.dtype) if array.dtype in known else f"unknown ({array.dtype})"
+        raise InvalidTrajectory(f"{name} has dtype {given}, expected {pb.DType.Name(dtype)}")
     layout = _DTYPES[dtype]
     if len(array.data) != array.length * layout.itemsize:
         raise InvalidTrajectory(

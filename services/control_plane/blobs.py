@@ -1,12 +1,17 @@
 """Blobs in a directory, named by their SHA-256: written whole or not at all, never changed."""
 
+import asyncio
 import hashlib
 import os
+import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from sapo_learner.errors import Mismatch, NotFound
+from sapo_learner.segment import fsync
+
+GRACE_SECONDS = 600  # a blob may wait this long for the manifest that names it
 
 
 class BlobDirectory:
@@ -27,8 +32,12 @@ class BlobDirectory:
             )
         return path
 
+    def keep_a_while(self, path: Path) -> None:
+        """Start the blob's grace anew: whoever asks whether it is there may be about to name it in a manifest."""
+        os.utime(path)
+
     async def put(self, sha256: str, chunks: AsyncIterator[bytes]) -> None:
-        """Store what arrives if it has that digest; raises Mismatch otherwise."""
+        """Store what arrives, durably, if it has that digest; raises Mismatch otherwise."""
         digest = hashlib.sha256()
         with NamedTemporaryFile(dir=self._directory, suffix=".upload", delete=False) as file:
             try:
@@ -36,7 +45,7 @@ class BlobDirectory:
                     digest.update(chunk)
                     file.write(chunk)
                 file.flush()
-                os.fsync(file.fileno())
+                await asyncio.to_thread(os.fsync, file.fileno())
                 if digest.hexdigest() != sha256:
                     raise Mismatch(
                         f"the upload's SHA-256 is {digest.hexdigest()}", where=f"blob {sha256}", fix="upload again"
@@ -45,10 +54,11 @@ class BlobDirectory:
                 os.unlink(file.name)
                 raise
         os.replace(file.name, self._directory / sha256)
+        await asyncio.to_thread(fsync, self._directory)
 
-    def keep_only(self, digests: Iterable[str], *, younger_than: float) -> None:
-        """Delete every other blob that was not uploaded after the Unix time `younger_than` (it may be awaiting its manifest)."""
-        wanted = set(digests)
+    def keep_only(self, digests: Iterable[str]) -> None:
+        """Delete every other blob whose grace is over."""
+        wanted, oldest = set(digests), time.time() - GRACE_SECONDS
         for path in self._directory.iterdir():
-            if path.name not in wanted and path.suffix != ".upload" and path.stat().st_mtime < younger_than:
+            if path.name not in wanted and path.suffix != ".upload" and path.stat().st_mtime < oldest:
                 path.unlink(missing_ok=True)

@@ -2,16 +2,21 @@
 
 The first worker to take a chunk fixes the evaluation's version to the one it serves; others join while they serve the
 same. When every worker that could finish it is gone, the evaluation starts over under a newer version.
+
+The first and the last policy (boundaries) are evaluated at exactly that step. The last stays current for ever; the
+first does because the next one is not published before (`holds`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
+from sapo_learner.errors import Mismatch
 from services.control_plane.sampler import derive_seed
 from services.runtime.api import ChunkResult, EvaluationChunk, ProblemBody
+from services.runtime.settings import EvaluationSettings
 from services.tasks import Problem
 
 CHUNK_PROBLEMS = 50
@@ -30,8 +35,8 @@ class Evaluation(BaseModel):
     id: str
     after_step: int
     samples: int  # responses per problem
-    boundary: bool  # of the first or the last policy: never superseded
-    version: int | None = None
+    boundary: bool  # of the first or the last policy: of exactly that step, never superseded
+    version: int | None = None  # fixed by the first claim
     step: int | None = None
     chunks: list[Chunk]
 
@@ -46,6 +51,7 @@ class Evaluation(BaseModel):
         answers = [answer for chunk in self.chunks for answer in chunk.examples]
         return {
             "step": self.step,
+            "after_step": self.after_step,
             "version": self.version,
             "pass_at_1": mean,
             "standard_error": math.sqrt(mean * (1 - mean) / responses),
@@ -56,31 +62,52 @@ class Evaluation(BaseModel):
 
 
 class Evaluations:
-    """State machine over the evaluations that are not finished; the caller keeps it in Redis."""
+    """State machine over the evaluations that are not finished; the caller keeps them in Redis."""
 
-    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
-        self.problems, self._seed = list(problems), seed
+    def __init__(self, problems: Sequence[Problem], seed: int, settings: EvaluationSettings, *, last_step: int) -> None:
+        self.problems, self._seed, self._settings, self._last_step = list(problems), seed, settings, last_step
         self.open: list[Evaluation] = []
+        self._finished: set[int] = set()  # steps they were scheduled after, and steps they turned out to be of
 
-    def schedule(self, after_step: int, *, samples: int, boundary: bool) -> Evaluation | None:
-        """Evaluate whatever is served from now on. An evaluation that nobody has begun gives way to the newer one."""
-        if not self.problems or any(each.after_step == after_step for each in self.open):
-            return None
-        self.open = [each for each in self.open if each.boundary or each.version is not None]
-        count = math.ceil(len(self.problems) / CHUNK_PROBLEMS)
-        repeats = math.ceil(samples / len(self.problems))
+    def restore(self, documents: Iterable[str], recorded: Iterable[Mapping[str, Any]]) -> None:
+        """documents: the open ones, as saved. recorded: the lines of the finished; one that is in both is finished."""
+        lines = list(recorded)
+        self._finished = {line[key] for line in lines for key in ("step", "after_step") if key in line}
+        finished = {line.get("after_step") for line in lines}
+        saved = [Evaluation.model_validate_json(each) for each in documents]
+        self.open = sorted((e for e in saved if e.after_step not in finished), key=lambda e: e.after_step)
+
+    def schedule(self, step: int) -> bool:
+        """Evaluate the first policy, the last, and one in every so many steps; call it before the policy is published.
+
+        Idempotent. An evaluation that nobody has begun gives way to the newer one.
+        """
+        boundary = step in (0, self._last_step)
+        known = {*self._finished, *(each.after_step for each in self.open)}
+        latest = max((each // self._settings.every for each in known), default=-1)
+        if not self.problems or step in known or not (boundary or step // self._settings.every > latest):
+            return False
+        samples = self._settings.boundary_samples if boundary else self._settings.samples
         evaluation = Evaluation(
-            id=f"step-{after_step:08d}", after_step=after_step, samples=repeats, boundary=boundary,
-            chunks=[Chunk() for _ in range(count)],
+            id=f"step-{step:08d}", after_step=step, samples=math.ceil(samples / len(self.problems)), boundary=boundary,
+            chunks=[Chunk() for _ in range(math.ceil(len(self.problems) / CHUNK_PROBLEMS))],
         )  # fmt: skip
         self.open.append(evaluation)
-        return evaluation
+        self._drop_superseded()
+        return True
+
+    def holds(self, step: int) -> bool:
+        """Whether the policy of `step` must wait: a boundary before it could not be evaluated any more."""
+        return any(each.boundary and each.after_step < step for each in self.open)
 
     def claim(self, worker: str, version: int, step: int, serving: dict[str, int]) -> EvaluationChunk | None:
         """A chunk for a worker that serves `version`. serving: version by name of every worker that is alive."""
         for evaluation in self.open:
             self._reclaim(evaluation, serving | {worker: version})
-            if step < evaluation.after_step or evaluation.version not in (None, version):
+        self._drop_superseded()
+        for evaluation in self.open:
+            too_new = evaluation.boundary and step > evaluation.after_step
+            if step < evaluation.after_step or too_new or evaluation.version not in (None, version):
                 continue
             for index, chunk in enumerate(evaluation.chunks):
                 if not chunk.done and chunk.worker in ("", worker):
@@ -89,18 +116,28 @@ class Evaluations:
         return None
 
     def complete(self, result: ChunkResult) -> Evaluation | None:
-        """Note a chunk's result; the evaluation is returned once it is done. Late or superseded results are dropped."""
+        """Note a chunk's result; the evaluation is returned once it is done. Late or superseded results are dropped.
+
+        Raises Mismatch for a result that is not one of its chunk.
+        """
         evaluation = next((each for each in self.open if each.id == result.evaluation), None)
-        if evaluation is None or evaluation.version != result.version or evaluation.chunks[result.chunk].done:
+        if evaluation is None or evaluation.version != result.version:
             return None
-        evaluation.chunks[result.chunk] = Chunk(
-            worker=result.worker, done=True, correct=sum(result.correct), responses=result.samples,
-            tokens=result.tokens, examples=result.examples,
-        )  # fmt: skip
-        if not evaluation.done:
-            return None
+        problems = len(self._part(result.chunk))
+        if (len(result.correct), result.samples) != (problems, problems * evaluation.samples) or not problems:
+            raise Mismatch("not the result of that chunk", where=f"{result.evaluation}, chunk {result.chunk}")
+        if not evaluation.chunks[result.chunk].done:
+            evaluation.chunks[result.chunk] = Chunk(
+                worker=result.worker, done=True, correct=sum(result.correct), responses=result.samples,
+                tokens=result.tokens, examples=result.examples,
+            )  # fmt: skip
+        return evaluation if evaluation.done else None
+
+    def finish(self, evaluation: Evaluation) -> None:
+        """Forget a done evaluation, once it is recorded."""
+        assert evaluation.step is not None
+        self._finished |= {evaluation.after_step, evaluation.step}
         self.open.remove(evaluation)
-        return evaluation
 
     @property
     def pinned(self) -> set[int]:
@@ -115,10 +152,17 @@ class Evaluations:
             evaluation.version = evaluation.step = None
             evaluation.chunks = [Chunk() for _ in evaluation.chunks]
 
+    def _drop_superseded(self) -> None:
+        newest = max((each.after_step for each in self.open), default=0)
+        newest = max(newest, *self._finished) if self._finished else newest
+        self.open = [e for e in self.open if e.boundary or e.version is not None or e.after_step >= newest]
+
+    def _part(self, index: int) -> list[Problem]:
+        return self.problems[index * CHUNK_PROBLEMS : (index + 1) * CHUNK_PROBLEMS]
+
     def _body(self, evaluation: Evaluation, index: int, version: int) -> EvaluationChunk:
-        part = self.problems[index * CHUNK_PROBLEMS : (index + 1) * CHUNK_PROBLEMS]
         return EvaluationChunk(
             evaluation=evaluation.id, chunk=index, version=version, samples=evaluation.samples,
             seed=derive_seed(self._seed, 2, evaluation.after_step, index),
-            problems=[ProblemBody(id=each.id, prompt=each.prompt, answer=each.answer) for each in part],
+            problems=[ProblemBody(id=each.id, prompt=each.prompt, answer=each.answer) for each in self._part(index)],
         )  # fmt: skip

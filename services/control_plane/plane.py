@@ -1,43 +1,62 @@
-"""ControlPlane: what the routes call. All state that must survive is in the run store, on disk, or both."""
+"""ControlPlane: what the routes call. All state that must survive is in the run store, on disk, or both.
+
+Memory is a copy that is written through. `open` reads it back after a restart; `watch` writes it back into a Redis that
+was lost in mid-run.
+"""
 
 import asyncio
-import json
-import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from sapo_learner.config import parse
+from sapo_learner.errors import ConfigError, Unavailable
 from sapo_learner.ledger import Ledger
 from sapo_learner.manifest import Manifest
-from services.control_plane.evaluations import Evaluation, Evaluations
+from services.control_plane import overview
+from services.control_plane.evaluations import Evaluations
+from services.control_plane.fence import our_fence
 from services.control_plane.policies import Policies
 from services.control_plane.record import Record
 from services.control_plane.sampler import PlainSampler
-from services.runstore import Pacing, RunStore
+from services.control_plane.workers import TTL_SECONDS, Workers
+from services.runstore import Grant, Pacing, RunStore
 from services.runtime import api
+from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import ControlPlaneMetrics
 from services.runtime.settings import RunConfig
 from services.tasks import build
 
-WORKER_TTL_SECONDS = 10.0
-POLL_SECONDS = 0.1  # how soon a waiting lease request sees what no event announces (an append, an expiry)
+# How soon a waiting lease request sees what no event announces (an append, an expiry), while at most WAITERS wait; with
+# more it takes longer, so that waiting costs Redis the same.
+POLL_SECONDS, WAITERS = 0.1, 8
+WATCH_SECONDS = 2.0
+EVENT_SECONDS = 15.0  # an event stream says something at least this often
+HOLD_SECONDS = 15.0  # below every client's time limit
+
+
+async def _never() -> bool:
+    return False
 
 
 class ControlPlane:
     def __init__(self, config: RunConfig, store: RunStore, token: int, metrics: ControlPlaneMetrics) -> None:
         self.config, self._store, self._token, self._metrics = config, store, token, metrics
-        directory = config.run.directory
-        self.policies = Policies(store, directory / "snapshots", keep=config.snapshots_kept)
+        directory, training = config.run.directory, config.training
+        self.policies = Policies(
+            store, token, directory / "snapshots", keep=config.snapshots_kept, max_policy_age=training.max_policy_age
+        )
         self.record = Record(directory / "record.jsonl")
         task = build(config.task)
         self._sampler = PlainSampler(task.problems("train"), config.run.seed)
-        self.evaluations = Evaluations(task.problems("held_out"), config.run.seed)
-        self._serving: dict[str, tuple[int, int, float]] = {}  # worker -> version, step, when it said so
+        self.evaluations = Evaluations(
+            task.problems("held_out"), config.run.seed, config.evaluation, last_step=training.steps
+        )
+        self._workers = Workers()
         self._changed = asyncio.Condition()
-        self._events = 0
-        self.learner = api.LearnerReport(state="not started", step=0, cursor=0, ledger=Ledger().to_dict())
+        self._events = self._waiting = 0
         self._closing = False
-        training = config.training
+        self.learner = api.LearnerReport(state="not started", step=0, cursor=0, ledger=Ledger().to_dict())
         self._pacing = Pacing(
             groups_per_step=training.groups_per_step,
             lookahead=config.lookahead,
@@ -48,29 +67,56 @@ class ControlPlane:
         )
 
     async def open(self) -> None:
-        await self.policies.open(self._token)
+        """Go on where an earlier control plane ended, wherever that was."""
+        await self.policies.open()
         documents = await self._store.documents("evaluations")
-        self.evaluations.open = [Evaluation.model_validate_json(text) for _, text in sorted(documents.items())]
+        self.evaluations.restore(documents.values(), self.record.recent.get("evaluation", []))
+        current = await self._store.current()
+        if current:
+            await self._schedule_evaluation(current.step)
         report = (await self._store.documents("learner")).get("report")
         if report:
             self.learner = api.LearnerReport.model_validate_json(report)
+        self._workers.restore(await self._store.workers())
         self.record.add("session")
+
+    async def watch(self, lifecycle: Lifecycle) -> None:
+        """Until the process stops: sweep expired leases, mend a lost Redis, observe. Raises Fenced by a newer one."""
+        while not lifecycle.stopping.is_set():
+            try:
+                await self._store.grant(self._token, "", 0, 0, self._pacing)
+                if await self.policies.reconcile(await self._store.state()):
+                    await self._save_evaluations()
+                    await self._save_learner_report()
+                    await self._notify()
+                self._metrics.observe(await self.status())
+                lifecycle.ready("redis")
+            except Unavailable as error:
+                lifecycle.wait_for("redis", str(error))
+            await lifecycle.sleep(WATCH_SECONDS)
 
     # ---- leases
 
-    async def lease(self, request: api.LeaseRequest) -> api.LeaseResponse:
-        """Evaluation first, then draws; waits until there is something to give, or the request's time is over."""
+    async def lease(self, request: api.LeaseRequest, gone: Callable[[], Awaitable[bool]] = _never) -> api.LeaseResponse:
+        """Evaluation first, then draws; waits until there is something to give, or the request's time is over.
+
+        gone: whether the worker has hung up; a lease that nobody hears of would block pacing until it expires.
+        """
         deadline = time.monotonic() + request.wait_seconds
-        while True:
+        self._workers.hear(request.worker, request.version, request.step)
+        chunk, grant = None, Grant([], None)
+        while not self._closing and not await gone():
             seen = self._events
             # A heartbeat since may have confirmed a newer policy than the waiting request names.
-            version, step, _ = max((request.version, request.step, 0.0), self._serving.get(request.worker, (0, 0, 0.0)))
-            chunk = await self._claim(request.worker, version, step) if request.evaluate else None
-            count = min(request.count, self._fair_share())
-            grant = await self._store.grant(self._token, request.worker, count, step, self._pacing)
-            if chunk or grant.leases or self._closing or time.monotonic() >= deadline:
+            serving = self._workers.alive().get(request.worker, request)
+            if request.evaluate:
+                chunk = await self._claim(request.worker, serving.version, serving.step)
+            count = min(request.count, self._workers.fair_share(self._pacing.groups_per_step))
+            with our_fence():
+                grant = await self._store.grant(self._token, request.worker, count, serving.step, self._pacing)
+            if chunk or grant.leases or time.monotonic() >= deadline:
                 break
-            await self._wait_for_event(seen, min(POLL_SECONDS, deadline - time.monotonic()))
+            await self._wait_for_change(seen, deadline)
         current = await self._store.current()
         self._metrics.leases.inc(len(grant.leases))
         return api.LeaseResponse(
@@ -85,11 +131,11 @@ class ControlPlane:
         await self._notify()
 
     async def heartbeat(self, beat: api.Heartbeat) -> api.HeartbeatResponse:
-        self._serving[beat.worker] = (beat.version, beat.step, time.monotonic())
+        self._workers.hear(beat.worker, beat.version, beat.step)
         if beat.busy:
             self.record.add("busy", worker=beat.worker, intervals=beat.busy)
         report = beat.model_copy(update={"busy": [], "leases": []})
-        await self._store.heartbeat(beat.worker, report.model_dump_json(), WORKER_TTL_SECONDS)
+        await self._store.heartbeat(beat.worker, report.model_dump_json(), TTL_SECONDS)
         lost = await self._store.renew(beat.worker, [(each.draw, each.attempt, each.tokens) for each in beat.leases])
         current = await self._store.current()
         return api.HeartbeatResponse(
@@ -102,23 +148,12 @@ class ControlPlane:
         problem = api.ProblemBody(id=draw.problem.id, prompt=draw.problem.prompt, answer=draw.problem.answer)
         return api.LeasedDraw(draw=number, attempt=attempt, epoch=draw.epoch, seed=draw.seed, problem=problem)
 
-    def _alive(self) -> dict[str, tuple[int, int]]:
-        """Version and step by name of every worker heard of lately."""
-        since = time.monotonic() - WORKER_TTL_SECONDS
-        self._serving = {name: each for name, each in self._serving.items() if each[2] > since}
-        return {name: (version, step) for name, (version, step, _) in self._serving.items()}
-
-    def _fair_share(self) -> int:
-        """Most draws one request gets, so that no worker takes a whole step's while others idle."""
-        return math.ceil(self.config.training.groups_per_step / max(1, len(self._alive())))
-
     # ---- evaluation
 
     async def _claim(self, worker: str, version: int, step: int) -> api.EvaluationChunk | None:
         if not self.evaluations.open:
             return None
-        serving = {name: version for name, (version, _) in self._alive().items()}
-        chunk = self.evaluations.claim(worker, version, step, serving)
+        chunk = self.evaluations.claim(worker, version, step, self._workers.versions())
         if chunk:
             await self._save_evaluations()
         return chunk
@@ -127,121 +162,103 @@ class ControlPlane:
         finished = self.evaluations.complete(result)
         if finished:
             self.record.add("evaluation", **finished.summary(self.evaluations.problems))
-            await self._store.delete_document(self._token, "evaluations", finished.id)
+            self.evaluations.finish(finished)
         await self._save_evaluations()
         await self._notify()
 
-    async def _save_evaluations(self) -> None:
-        kept = {each.id for each in self.evaluations.open}
-        for identifier in await self._store.documents("evaluations"):
-            if identifier not in kept:
-                await self._store.delete_document(self._token, "evaluations", identifier)
-        for each in self.evaluations.open:
-            await self._store.save_document(self._token, "evaluations", each.id, each.model_dump_json())
-
     async def _schedule_evaluation(self, step: int) -> None:
-        settings, last_step = self.config.evaluation, self.config.training.steps
-        boundary = step in (0, last_step)
-        earlier = [line["step"] for line in self.record.recent.get("evaluation", [])]
-        earlier += [each.after_step for each in self.evaluations.open]
-        due = boundary or step // settings.every > max((each // settings.every for each in earlier), default=-1)
-        if due and step not in earlier:
-            samples = settings.boundary_samples if boundary else settings.samples
-            self.evaluations.schedule(step, samples=samples, boundary=boundary)
+        if self.evaluations.schedule(step):
             await self._save_evaluations()
+
+    async def _save_evaluations(self) -> None:
+        kept = {each.id: each.model_dump_json() for each in self.evaluations.open}
+        with our_fence():
+            for identifier in await self._store.documents("evaluations"):
+                if identifier not in kept:
+                    await self._store.delete_document(self._token, "evaluations", identifier)
+            for identifier, text in kept.items():
+                await self._store.save_document(self._token, "evaluations", identifier, text)
 
     # ---- policies and the learner
 
     async def publish(self, request: api.PublishRequest) -> api.PublishResponse:
-        manifest = Manifest.model_validate(request.manifest)
-        if request.facts:
-            await self._store.set_facts(request.token, request.facts)
-        published = await self.policies.publish(request.token, manifest)
-        if published.changed:
-            self._metrics.version.set(published.version)
+        """Raises Unavailable while the policy must wait: the caller tries again."""
+        manifest = parse(Manifest, request.manifest, where="manifest")
+        with our_fence():
+            await self._store.grant(self._token, "", 0, 0, self._pacing)  # nothing is registered by an older one
+        await self._hold(manifest.step)
+        current = await self._store.current()
+        if current is None or manifest.step > current.step:
+            # Before it can be served: a worker that is a moment later may have left the first policy already.
             await self._schedule_evaluation(manifest.step)
-            await self.policies.prune(self.evaluations.pinned)
-            await self._notify()
+        published = await self.policies.publish(request.token, manifest, request.facts)
+        await self._notify()
+        await self.policies.prune(self.evaluations.pinned)
         return api.PublishResponse(version=published.version, changed=published.changed)
 
+    async def _hold(self, step: int) -> None:
+        """Wait while the current policy must stay so, for an evaluation that no later one can stand in for."""
+        deadline = time.monotonic() + HOLD_SECONDS
+        while self.evaluations.holds(step):
+            if self._closing or time.monotonic() >= deadline:
+                raise Unavailable("the first policy is still being evaluated", where=f"step {step}", fix="try again")
+            await self._wait_for_event(self._events, deadline - time.monotonic())
+
     async def learner_reports(self, report: api.LearnerReport) -> None:
+        fields = dict(report.record or {})
+        if report.record is not None and not isinstance(fields.get("kind"), str):
+            raise ConfigError("a record without its kind", where="learner report")
         self.learner = report.model_copy(update={"record": None})
-        if report.record is not None:
-            self.record.add(report.record.pop("kind"), **report.record)
-        await self._store.save_document(self._token, "learner", "report", self.learner.model_dump_json())
+        if fields:
+            self.record.add(fields.pop("kind"), **fields)
+        await self._save_learner_report()
         await self._notify()
+
+    async def _save_learner_report(self) -> None:
+        with our_fence():
+            await self._store.save_document(self._token, "learner", "report", self.learner.model_dump_json())
 
     # ---- what people and scripts ask
 
-    async def workers(self) -> list[dict[str, Any]]:
-        """The last heartbeat of every worker that is alive, with its age."""
-        return [
-            json.loads(each.report_json) | {"age_seconds": each.age_seconds} for each in await self._store.workers()
-        ]
-
     async def status(self) -> dict[str, Any]:
-        state = await self._store.state()
-        steps = self.config.training.steps
-        evaluations = [
-            {key: value for key, value in line.items() if key != "examples"}
-            for line in self.record.recent.get("evaluation", [])
-        ]
-        state_name = self.learner.state
-        if state_name == "finished" and (self.evaluations.open or not any(e["step"] == steps for e in evaluations)):
-            state_name = "evaluating"
-        return {
-            "run": self.config.run.name,
-            "state": state_name,
-            "steps": steps,
-            "learner": self.learner.model_dump(),
-            "last_step": self.record.last("step"),
-            "evaluations": evaluations[-50:],
-            "evaluating": [{"id": each.id, "version": each.version} for each in self.evaluations.open],
-            "workers": await self.workers(),
-            "version": state.published_version,
-            "published_step": state.published_step,
-            "accepted": state.sequence,
-            "unread": state.unread_entries,
-            "groups_ready": state.sequence - self.learner.cursor,
-            "open_leases": len(state.leases),
-            "reoffered": len(state.reoffered),
-            "oldest_lease_seconds": state.oldest_lease_seconds,
-        }
+        state, workers = await self._store.state(), await self._store.workers()
+        return overview.status(self.config, self.learner, state, workers, self.evaluations, self.record)
 
     async def ledger(self) -> dict[str, Any]:
-        """The ledger as far as it can be told without the archive: counts, and draws as a sum."""
-        learner, state = self.learner, await self._store.state()
-        counts = Ledger.from_dict(learner.ledger)
-        backlog = state.sequence - learner.cursor
-        open_draws = len(state.leases) + len(state.reoffered)
-        problems = []
-        if counts.consumed != learner.cursor:
-            problems.append(f"outcomes sum to {counts.consumed}, but the learner has consumed {learner.cursor} entries")
-        if state.next_draw - open_draws != state.sequence:
-            problems.append(
-                f"{state.next_draw} draws less {open_draws} open ones are not the {state.sequence} accepted"
-            )
-        return {
-            "accepted": state.sequence, **learner.ledger, "backlog": backlog, "open_draws": open_draws,
-            "problems": problems, "balanced": not problems,
-        }  # fmt: skip
+        return overview.ledger(self.learner, await self._store.state())
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """The current version whenever anything changed, until the process closes."""
+        """The current version and the learner's step whenever they changed, until the process closes."""
+        said: dict[str, Any] | None = None
         while not self._closing:
             seen = self._events
             current = await self._store.current()
-            yield {"version": current.version if current else None, "step": self.learner.step}
-            await self._wait_for_event(seen, 15.0)
+            event = {"version": current.version if current else None, "step": self.learner.step}
+            if event != said:
+                yield event
+            said = event
+            await self._wait_for_event(seen, EVENT_SECONDS)
 
     async def close(self) -> None:
+        """End every wait; requests are answered with what there is."""
         self._closing = True
         await self._notify()
+
+    # ---- waiting
 
     async def _notify(self) -> None:
         async with self._changed:
             self._events += 1
             self._changed.notify_all()
+
+    async def _wait_for_change(self, seen: int, deadline: float) -> None:
+        """Wait for an event, or until it is time to look again."""
+        self._waiting += 1
+        try:
+            pause = POLL_SECONDS * max(1, self._waiting / WAITERS)
+            await self._wait_for_event(seen, min(pause, deadline - time.monotonic()))
+        finally:
+            self._waiting -= 1
 
     async def _wait_for_event(self, seen: int, seconds: float) -> None:
         async with self._changed:

@@ -1,43 +1,55 @@
-"""Published policies: manifests in Redis and on disk, their blobs, and which of them are kept."""
+"""Published policies: manifests on disk and in Redis, their blobs, and which of them are kept.
+
+The disk goes first: a manifest is durable under its number before Redis makes it current, so a version that any worker
+may have seen is on disk, and a Redis that lost it is told (`reconcile`). That is why numbers never repeat with other
+content, whichever of the two dies when.
+"""
 
 import asyncio
+import json
 import os
-import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from sapo_learner.errors import NotFound
+from sapo_learner.errors import Fenced, NotFound, Unavailable
 from sapo_learner.manifest import Manifest
+from sapo_learner.segment import fsync
 from services.control_plane.blobs import BlobDirectory
-from services.runstore import Policy, Published, RunStore
-
-UPLOAD_GRACE_SECONDS = 600  # an uploaded blob may wait this long for the manifest that names it
+from services.control_plane.fence import our_fence
+from services.runstore import Policy, Published, RunState, RunStore
 
 
 class Policies:
-    """Blobs and manifests under `directory`; numbers and the current version in the run store."""
+    """Blobs and manifests under `directory`; numbers and the current version in the run store.
 
-    def __init__(self, store: RunStore, directory: Path, *, keep: int) -> None:
-        self._store, self._keep = store, keep
+    token: the control plane's. keep: versions kept, at least. max_policy_age: steps that a version may lie behind the
+    current one and still be what groups in training were sampled under.
+    """
+
+    def __init__(self, store: RunStore, token: int, directory: Path, *, keep: int, max_policy_age: int) -> None:
+        self._store, self._token, self._keep, self._max_policy_age = store, token, keep, max_policy_age
         self.blobs = BlobDirectory(directory / "blobs")
-        self._manifests = directory / "manifests"
+        self._manifests, self._facts = directory / "manifests", directory / "facts.json"
         self._manifests.mkdir(parents=True, exist_ok=True)
+        self._publishing = asyncio.Lock()
 
-    async def open(self, token: int) -> None:
-        """Make Redis and the disk agree: a lost Redis is told what the disk knows, a torn publish is completed."""
-        on_disk = [Manifest.from_json(path.read_bytes(), where=str(path)) for path in self._manifests.glob("*.json")]
-        await self._store.restore_registry(
-            token,
-            [
-                Policy(each.version, each.step, each.digest, each.model_copy(update={"version": None}).to_json())
-                for each in on_disk
-                if each.version is not None
-            ],
-        )
+    async def open(self) -> None:
+        """Make Redis and the disk agree."""
+        await self._restore()
         for version in await self._store.versions():
             if not self._path(version).exists():
-                self._write(await self.manifest(version))
+                policy = await self._store.manifest(version)
+                _write(self._path(version), _numbered(Manifest.from_json(policy.manifest_json), version).to_json())
 
-    async def publish(self, token: int, manifest: Manifest) -> Published:
+    async def reconcile(self, state: RunState) -> bool:
+        """Tell Redis what it lost, if it did: all of the registry, or its newest versions. Returns whether it had."""
+        async with self._publishing:
+            if not self._behind(state):
+                return False
+            await self._restore()
+            return True
+
+    async def publish(self, token: int, manifest: Manifest, facts: Mapping[str, str]) -> Published:
         """Register a snapshot whose blobs have been uploaded. token: the learner's. Raises NotFound, Fenced."""
         for blob in manifest.blobs():
             path = self.blobs.path(blob.sha256)
@@ -45,41 +57,101 @@ class Policies:
                 raise NotFound(
                     f"blob {blob.sha256} has {path.stat().st_size} bytes, not {blob.size}", fix="upload it again"
                 )
-        published = await self._store.publish(token, manifest.step, manifest.digest, manifest.to_json())
-        self._write(manifest.model_copy(update={"version": published.version}))
+        async with self._publishing:
+            state = await self._store.state()
+            if token < state.learner_token:
+                raise Fenced(f"a newer learner (token {state.learner_token}) has taken over", fix="stop this process")
+            if self._behind(state):
+                await self._restore()
+            if facts:
+                await asyncio.to_thread(_write, self._facts, json.dumps({"token": token, "facts": dict(facts)}))
+                await self._store.set_facts(token, facts)
+            return await self._register(token, manifest)
+
+    async def _register(self, token: int, manifest: Manifest) -> Published:
+        expected = self.newest() + 1
+        await asyncio.to_thread(_write, self._path(expected), _numbered(manifest, expected).to_json())
+        try:
+            published = await self._store.publish(
+                token, manifest.step, manifest.digest, _numbered(manifest, None).to_json()
+            )
+        except Fenced:
+            self._path(expected).unlink()
+            raise
+        if published.version != expected:  # it had a number already
+            self._path(expected).unlink()
         return published
 
     async def manifest(self, version: int) -> Manifest:
         """Raises NotFound."""
         policy = await self._store.manifest(version)
-        return Manifest.from_json(policy.manifest_json).model_copy(update={"version": version})
+        return _numbered(Manifest.from_json(policy.manifest_json), version)
 
     async def current(self) -> Manifest:
         """Raises NotFound while nothing is published."""
         policy = await self._store.current()
-        if policy is None:
-            raise NotFound("no policy is published yet", fix="the learner publishes version 0 when it has started")
-        return Manifest.from_json(policy.manifest_json).model_copy(update={"version": policy.version})
+        if policy is not None:
+            return _numbered(Manifest.from_json(policy.manifest_json), policy.version)
+        if self.newest() >= 0:
+            raise Unavailable("the policy registry is being restored", where="Redis", fix="try again")
+        raise NotFound("no policy is published yet", fix="the learner publishes version 0 when it has started")
 
     async def prune(self, pinned: set[int]) -> None:
-        """Forget all but the newest versions and the pinned ones, and the blobs that only they used."""
-        versions = sorted(await self._store.versions())
-        for version in versions[: -self._keep]:
-            if version not in pinned and await self._store.forget(version):
-                self._path(version).unlink(missing_ok=True)
-        manifests = [Manifest.from_json(path.read_bytes()) for path in self._manifests.glob("*.json")]
-        wanted = {blob.sha256 for manifest in manifests for blob in manifest.blobs()}
-        await asyncio.to_thread(self.blobs.keep_only, wanted, younger_than=time.time() - UPLOAD_GRACE_SECONDS)
+        """Forget every version that no group in training can name, and the blobs that only they used.
+
+        Kept by step, not by number alone: a learner that was restored may publish several versions of one step.
+        """
+        async with self._publishing:
+            steps = await self._store.versions()
+            if not steps:
+                return
+            versions = sorted(steps)
+            oldest = steps[versions[-1]] - self._max_policy_age
+            for version in versions[: -self._keep]:
+                if steps[version] < oldest and version not in pinned and await self._store.forget(version):
+                    self._path(version).unlink(missing_ok=True)
+            await asyncio.to_thread(self.blobs.keep_only, {b.sha256 for m in self._on_disk() for b in m.blobs()})
+
+    def newest(self) -> int:
+        """The highest version on disk; -1 when there is none."""
+        return max((int(path.stem) for path in self._manifests.glob("*.json")), default=-1)
+
+    def _behind(self, state: RunState) -> bool:
+        published = -1 if state.published_version is None else state.published_version
+        return not state.registry_restored or published < self.newest()
+
+    async def _restore(self) -> None:
+        policies = [
+            Policy(each.version, each.step, each.digest, _numbered(each, None).to_json())
+            for each in self._on_disk()
+            if each.version is not None
+        ]
+        with our_fence():
+            await self._store.restore_registry(self._token, policies)
+        if self._facts.exists() and not await self._store.facts():
+            saved = json.loads(self._facts.read_text())
+            try:
+                await self._store.set_facts(saved["token"], saved["facts"])
+            except Fenced:
+                return  # the newer learner tells its own before it publishes
+
+    def _on_disk(self) -> list[Manifest]:
+        return [Manifest.from_json(path.read_bytes(), where=str(path)) for path in self._manifests.glob("*.json")]
 
     def _path(self, version: int) -> Path:
         return self._manifests / f"{version:08d}.json"
 
-    def _write(self, manifest: Manifest) -> None:
-        assert manifest.version is not None
-        path = self._path(manifest.version)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+
+def _numbered(manifest: Manifest, version: int | None) -> Manifest:
+    return manifest.model_copy(update={"version": version})
+
+
+def _write(path: Path, text: str) -> None:
+    """Durably, and whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync(path.parent)

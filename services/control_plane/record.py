@@ -21,12 +21,17 @@ class Record:
         for line in read(path):
             self._remember(line)
         self._file = path.open("a", buffering=1)
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # or a line torn by a crash would swallow the next one
 
     def add(self, kind: str, **fields: Any) -> dict[str, Any]:
         line = {"kind": kind, "time": time.time(), **fields}
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._remember(line)
         return line
+
+    def close(self) -> None:
+        self._file.close()
 
     def last(self, kind: str) -> dict[str, Any] | None:
         lines = self.recent.get(kind)

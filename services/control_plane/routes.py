@@ -4,8 +4,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.requests import ClientDisconnect
 
 from services.control_plane.plane import ControlPlane
 from services.runtime import api
@@ -41,8 +42,8 @@ def _run(router: APIRouter, plane: ControlPlane) -> None:
 
 def _work(router: APIRouter, plane: ControlPlane) -> None:
     @router.post("/leases")
-    async def lease(body: api.LeaseRequest) -> api.LeaseResponse:
-        return await plane.lease(body)
+    async def lease(body: api.LeaseRequest, request: Request) -> api.LeaseResponse:
+        return await plane.lease(body, request.is_disconnected)
 
     @router.post("/leases/release")
     async def release(body: api.ReleaseRequest) -> dict[str, str]:
@@ -78,15 +79,21 @@ def _snapshots(router: APIRouter, plane: ControlPlane) -> None:
         return (await plane.policies.manifest(version)).model_dump(mode="json")
 
     @router.put("/blobs/{sha256}", status_code=201)
-    async def upload(sha256: str, request: Request) -> dict[str, str]:
-        await plane.policies.blobs.put(sha256, request.stream())
-        return {}
+    async def upload(sha256: str, request: Request) -> Response:
+        try:
+            await plane.policies.blobs.put(sha256, request.stream())
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
+        return JSONResponse({}, status_code=201)
 
     @router.api_route("/blobs/{sha256}", methods=["GET", "HEAD"])
-    async def download(sha256: str, if_none_match: str = Header(default="")) -> Response:
+    async def download(sha256: str, request: Request, if_none_match: str = Header(default="")) -> Response:
         path = plane.policies.blobs.path(sha256)
+        if request.method == "HEAD":
+            plane.policies.blobs.keep_a_while(path)
         # The name is the digest of the content, so it is the strong validator, and the content never changes.
-        headers = {"ETag": f'"{sha256}"', "Cache-Control": "immutable"}
-        if sha256 in if_none_match:
+        headers = {"ETag": f'"{sha256}"', "Cache-Control": "max-age=31536000, immutable"}
+        known = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
+        if known & {f'"{sha256}"', "*"}:
             return Response(status_code=304, headers=headers)
         return FileResponse(path, headers=headers, media_type="application/octet-stream")

@@ -14,7 +14,7 @@ from sapo_learner.errors import ConfigError
 from services.ingest.servicer import IngestServicer
 from services.runstore import RunStore
 from services.runtime.client import ControlPlaneClient
-from services.runtime.http import probe_app, serving
+from services.runtime.http import probe_app, refuse_taken, serving
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import IngestMetrics
 from services.runtime.settings import Environment
@@ -55,6 +55,7 @@ async def serve(
 ) -> None:
     """listen: gRPC HOST:PORT. http_listen: probes and metrics. announce: told the gRPC address that was taken."""
     token = environment.require("token")
+    await asyncio.to_thread(refuse_taken, listen)
     metrics = IngestMetrics()
     async with serving(probe_app(lifecycle, metrics.registry), http_listen):
         lifecycle.wait_for("start", "the control plane's configuration")

@@ -1,12 +1,13 @@
 """The gRPC endpoint: validates groups, appends them to the log once, acknowledges.
 
 A stream's groups are answered in the order they came. An ack is sent only after the append script has answered, so an
-accepted group is in the log, and nothing else is ever acknowledged as such.
+accepted group is in the log, and nothing else is ever acknowledged as such. A stream that breaks in between may leave a
+group appended and unacknowledged: it comes again, and is a duplicate.
 """
 
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 
 import grpc
 
@@ -14,7 +15,7 @@ from protos.sapo.v1 import ingest_pb2 as pb
 from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from protos.sapo.v1 import trajectory_pb2
 from sapo_learner.errors import InvalidTrajectory, Mismatch, SapoError, Unavailable
-from sapo_learner.trajectory import SCHEMA_VERSION
+from sapo_learner.trajectory import SCHEMA_VERSION, TrajectoryGroup
 from services.runstore import RunStore
 from services.runtime.metrics import IngestMetrics
 from services.runtime.settings import RunConfig
@@ -41,7 +42,9 @@ _REASON = {
 class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
     def __init__(self, config: RunConfig, store: RunStore, metrics: IngestMetrics) -> None:
         self._config, self._store, self._metrics = config, store, metrics
+        # What the run says of itself; read again when a group names a version that is not among them.
         self._versions: dict[int, int] = {}
+        self._facts: dict[str, str] = {}
 
     async def StreamTrajectoryGroups(
         self,
@@ -52,16 +55,17 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
         with self._metrics.streams.track_inprogress():
             try:
                 async for request in request_iterator:
-                    if request.WhichOneof("message") == "hello":
-                        worker = await self._greet(request.hello)
-                        welcome = pb.Welcome(run=self._config.run.name, credits=self._config.ingest.credits)
-                        yield _Response(welcome=welcome)
-                    elif not worker:
-                        raise InvalidTrajectory(
-                            "the first message of a stream is a hello", where="StreamTrajectoryGroups"
-                        )
-                    else:
-                        yield _Response(ack=await self._accept(request.group))
+                    match request.WhichOneof("message"), worker:
+                        case "hello", "":
+                            worker = await self._greet(request.hello)
+                            welcome = pb.Welcome(run=self._config.run.name, credits=self._config.ingest.credits)
+                            yield _Response(welcome=welcome)
+                        case "group", str(name) if name:
+                            yield _Response(ack=await self._accept(request.group))
+                        case _:
+                            raise InvalidTrajectory(
+                                "a stream is one hello, then groups", where="StreamTrajectoryGroups"
+                            )
             except SapoError as error:
                 log.warning("stream of %s refused: %s", worker or "an unknown worker", error)
                 await context.abort(grpc.StatusCode[error.code], str(error))
@@ -73,38 +77,44 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
             raise Unavailable(
                 "no policy is published yet", where="ingest", fix="try again when the learner has started"
             )
+        if not hello.worker:
+            raise InvalidTrajectory("the hello names no worker", where="StreamTrajectoryGroups")
         if hello.schema_version != SCHEMA_VERSION:
             raise Mismatch(f"schema version {hello.schema_version}, this run's is {SCHEMA_VERSION}", where=hello.worker)
         for name, given in (("tokenizer_digest", hello.tokenizer_digest), ("model_digest", hello.model_digest)):
             if given != facts[name]:
                 raise Mismatch(
                     f"{name} {given[:12] or 'missing'} differs from the run's {facts[name][:12]}",
-                    where=hello.worker or "hello",
+                    where=hello.worker,
                     fix="start the worker from the files of the run's published policy",
                 )
-        if not hello.worker:
-            raise InvalidTrajectory("the hello names no worker", where="StreamTrajectoryGroups")
         log.info("worker %s connected", hello.worker)
         return str(hello.worker)
 
     async def _accept(self, message: trajectory_pb2.TrajectoryGroup) -> pb.Ack:
         started = time.perf_counter()
-        ack = await self._judge(message)
+        ack = pb.Ack(draw=message.draw, attempt=message.attempt)
+        try:
+            await self._judge(message, ack)
+        except InvalidTrajectory as error:
+            log.warning("invalid group: %s", error)
+            ack.status, ack.reason = pb.Ack.STATUS_INVALID, str(error)
+        except Unavailable as error:
+            # Redis is away. Whether it took the group before or not, the worker keeps it and asks again.
+            log.warning("draw %d must wait: %s", message.draw, error)
+            ack.status, ack.reason = pb.Ack.STATUS_NOT_READY, str(error)
+        if ack.status in (pb.Ack.STATUS_FULL, pb.Ack.STATUS_NOT_READY):
+            ack.retry_after_ms = RETRY_MS
         self._metrics.acks.labels(pb.Ack.Status.Name(ack.status).removeprefix("STATUS_").lower()).inc()
         self._metrics.seconds.observe(time.perf_counter() - started)
         return ack
 
-    async def _judge(self, message: trajectory_pb2.TrajectoryGroup) -> pb.Ack:
-        ack = pb.Ack(draw=message.draw, attempt=message.attempt)
-        try:
-            group = from_message(message)
-            facts = await self._known(max(span.version for each in group.trajectories for span in each.spans))
-            check_against_run(group, vocabulary=int(facts["vocabulary"]), versions=self._versions)
-            self._check_against_config(message, len(group.trajectories))
-        except InvalidTrajectory as error:
-            log.warning("invalid group: %s", error)
-            ack.status, ack.reason = pb.Ack.STATUS_INVALID, str(error)
-            return ack
+    async def _judge(self, message: trajectory_pb2.TrajectoryGroup, ack: pb.Ack) -> None:
+        """Validate, append, and note the result in `ack`. Raises InvalidTrajectory, Unavailable."""
+        group = from_message(message)
+        await self._learn_of(group)
+        check_against_run(group, vocabulary=int(self._facts["vocabulary"]), versions=self._versions)
+        self._check_against_config(group)
         payload = message.SerializeToString(deterministic=True)
         limits = self._config.ingest
         result = await self._store.append(
@@ -113,25 +123,24 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
         ack.status, ack.entry_id, ack.reason = _STATUS[result.status], result.id, _REASON.get(result.status, "")
         if result.status == "OK":
             self._metrics.bytes.inc(len(payload))
-        elif result.status in ("FULL", "NOT_READY"):
-            ack.retry_after_ms = RETRY_MS
-        return ack
 
-    async def _known(self, newest: int) -> Mapping[str, str]:
-        """The run's facts; refreshes the known versions when a group speaks of one not seen yet."""
-        if newest not in self._versions:
-            self._versions = await self._store.versions()
-            self._facts = await self._store.facts()
-        return self._facts
+    async def _learn_of(self, group: TrajectoryGroup) -> None:
+        """Read the run's versions and facts again when the group speaks of a version that is not known here."""
+        if all(span.version in self._versions for each in group.trajectories for span in each.spans):
+            return
+        versions, facts = await self._store.versions(), await self._store.facts()
+        if not versions or not facts:
+            raise Unavailable("the policy registry is being restored", where="Redis", fix="try again")
+        self._versions, self._facts = versions, facts
 
-    def _check_against_config(self, message: trajectory_pb2.TrajectoryGroup, responses: int) -> None:
+    def _check_against_config(self, group: TrajectoryGroup) -> None:
         """Groups of another task, size or temperature would be trained on as if they were this run's."""
         expected = self._config.sampling
         for name, given, wanted in (
-            ("task", message.task, self._config.task.name),
-            ("number of responses", responses, expected.group_size),
-            ("sampling.temperature", message.sampling.temperature, expected.temperature),
-            ("sampling.max_tokens", message.sampling.max_tokens, expected.max_tokens),
+            ("task", group.task, self._config.task.name),
+            ("number of responses", len(group.trajectories), expected.group_size),
+            ("sampling.temperature", group.sampling.temperature, expected.temperature),
+            ("sampling.max_tokens", group.sampling.max_tokens, expected.max_tokens),
         ):
             if given != wanted:
-                raise InvalidTrajectory(f"{name} is {given!r}, the run's is {wanted!r}", where=f"draw {message.draw}")
+                raise InvalidTrajectory(f"{name} is {given!r}, the run's is {wanted!r}", where=f"draw {group.draw}")

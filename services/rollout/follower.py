@@ -8,11 +8,12 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+from torch import Tensor
 
 from sapo_learner.errors import Mismatch, NotFound, SapoError
 from sapo_learner.manifest import Manifest
@@ -22,7 +23,8 @@ from services.runtime.client import ControlPlaneClient
 from services.runtime.metrics import RolloutMetrics
 
 log = logging.getLogger(__name__)
-RETRY_SECONDS = 1.0
+RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0
+SWAP_SECONDS = 600.0  # an engine that takes longer for new weights hangs
 
 
 class PolicyStore:
@@ -50,10 +52,10 @@ class PolicyStore:
             shutil.copyfile(self._blobs / blob.sha256, self.model_directory / name)
         return self.model_directory
 
-    def tensors(self, manifest: Manifest) -> dict[str, object]:
+    def tensors(self, manifest: Manifest) -> dict[str, Tensor]:
         """Verified weights; what does not verify is deleted, so that the next try fetches it anew."""
         try:
-            return dict(read_snapshot(manifest, lambda sha256: self._blobs / sha256))
+            return read_snapshot(manifest, lambda sha256: self._blobs / sha256)
         except Mismatch:
             for part in manifest.parts:
                 (self._blobs / part.sha256).unlink(missing_ok=True)
@@ -62,11 +64,11 @@ class PolicyStore:
 
 class Follower:
     def __init__(
-        self, engine: Engine, store: PolicyStore, metrics: RolloutMetrics, confirm: Callable[[], Awaitable[None]]
+        self, engine: Engine, store: PolicyStore, metrics: RolloutMetrics, *, retry_seconds: float = RETRY_SECONDS
     ) -> None:
-        """confirm: called after each swap, to tell the control plane."""
-        self._engine, self._store, self._metrics, self._confirm = engine, store, metrics, confirm
+        self._engine, self._store, self._metrics, self._retry_seconds = engine, store, metrics, retry_seconds
         self._heard, self._hint = -1, asyncio.Event()
+        self._swapping = asyncio.Lock()  # no pin is taken while a swap is under way or waits for the pins
         self._pins, self._unpinned = 0, asyncio.Event()
         self._unpinned.set()
 
@@ -76,11 +78,12 @@ class Follower:
         if self._heard > self._engine.policy_version.version:
             self._hint.set()
 
-    @contextmanager
-    def pinned(self) -> Iterator[None]:
-        """Keep the served version while the block runs."""
-        self._pins += 1
-        self._unpinned.clear()
+    @asynccontextmanager
+    async def pinned(self) -> AsyncIterator[None]:
+        """Keep the served version while the block runs. Not to be nested."""
+        async with self._swapping:
+            self._pins += 1
+            self._unpinned.clear()
         try:
             yield
         finally:
@@ -88,32 +91,50 @@ class Follower:
             if not self._pins:
                 self._unpinned.set()
 
-    async def run(self) -> None:
+    async def run(self, confirm: Callable[[], Awaitable[None]]) -> None:
+        """Follow for ever. confirm: called after each swap, to tell the control plane."""
+        failures = 0
         while True:
             await self._hint.wait()
             self._hint.clear()
             try:
-                await self._advance()
-            except NotFound:
-                self._hint.set()  # superseded while being fetched: the newest is another one by now
+                swapped = await self._advance()
             except SapoError as error:
-                self._metrics.sync_failures.inc()
-                log.warning("version %d not taken: %s", self._heard, error)
-                await asyncio.sleep(RETRY_SECONDS)
+                failures += 1
+                await self._bear(error, failures)
                 self._hint.set()
+                continue
+            failures = 0
+            if swapped:
+                await confirm()
 
-    async def _advance(self) -> None:
+    async def _bear(self, error: SapoError, failures: int) -> None:
+        if isinstance(error, NotFound) and failures == 1:
+            return  # superseded while being fetched: the newest is another one by now
+        self._metrics.sync_failures.inc()
+        log.warning("version %d not taken: %s", self._heard, error)
+        await asyncio.sleep(min(self._retry_seconds * 2 ** (failures - 1), MAX_RETRY_SECONDS))
+
+    async def _advance(self) -> bool:
+        """Serve the newest version; False when it is served already."""
         started = time.monotonic()
         manifest = await self._store.fetch()
-        assert manifest.version is not None
-        if manifest.version <= self._engine.policy_version.version:
-            return
+        if served(manifest).version <= self._engine.policy_version.version:
+            return False
         tensors = await asyncio.to_thread(self._store.tensors, manifest)
-        await self._unpinned.wait()
-        await self._engine.update_weights(tensors, PolicyVersion(manifest.version, manifest.step))
+        async with self._swapping:
+            await self._unpinned.wait()
+            async with asyncio.timeout(SWAP_SECONDS):
+                await self._engine.update_weights(tensors, served(manifest))
         self._metrics.sync_seconds.observe(time.monotonic() - started)
-        self._metrics.version.set(manifest.version)
-        await self._confirm()
+        self._metrics.version.set(served(manifest).version)
+        return True
+
+
+def served(manifest: Manifest) -> PolicyVersion:
+    """What an engine that serves a published manifest calls its policy."""
+    assert manifest.version is not None
+    return PolicyVersion(manifest.version, manifest.step)
 
 
 async def listen(control: ControlPlaneClient, hint: Callable[[int], None]) -> None:

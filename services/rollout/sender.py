@@ -4,7 +4,8 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -23,7 +24,12 @@ _FATAL = {
     grpc.StatusCode.FAILED_PRECONDITION: errors.Mismatch,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidTrajectory,
 }
-MAX_BACKOFF_SECONDS = 5.0
+_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.1, 5.0
 
 
 @dataclass
@@ -32,89 +38,119 @@ class _Pending:
     ack: asyncio.Future[pb.Ack]
 
 
+@dataclass
+class _Stream:
+    """One connection: what it still has to send (None: it is over), and whether ingest has answered the hello."""
+
+    outbox: asyncio.Queue[Key | None] = field(default_factory=asyncio.Queue)
+    welcomed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class GroupSender:
-    def __init__(self, address: str, token: str, hello: pb.Hello) -> None:
-        self._address, self._hello = address, hello
+    def __init__(self, address: str, token: str, hello: pb.Hello, *, answer_seconds: float = 60.0) -> None:
+        """answer_seconds: a connection on which ingest owes an answer for longer is given up for a new one."""
+        self._address, self._hello, self._answer_seconds = address, hello, answer_seconds
         self._metadata = (("authorization", f"Bearer {token}"),)
         self._pending: dict[Key, _Pending] = {}  # in the order they were sent first
-        self._outbox: asyncio.Queue[Key] = asyncio.Queue()
+        self._stream = _Stream()
         self._credits = 0
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # credits, or what is pending
 
     @property
     def unacknowledged(self) -> int:
         return len(self._pending)
 
     async def send(self, group: TrajectoryGroup) -> pb.Ack:
-        """Wait for a credit, send, and return the final ack."""
-        message = to_message(group)
-        async with self._changed:
-            await self._changed.wait_for(lambda: len(self._pending) < self._credits)
-            key = (group.draw, group.attempt)
-            pending = self._pending[key] = _Pending(message, asyncio.get_running_loop().create_future())
-        self._outbox.put_nowait(key)
-        return await pending.ack
+        """Wait for a credit, send, and return the final ack. Cancelling gives the group up."""
+        message, key = to_message(group), (group.draw, group.attempt)
+        while len(self._pending) >= self._credits:
+            self._changed.clear()
+            await self._changed.wait()
+        pending = self._pending[key] = _Pending(message, asyncio.get_running_loop().create_future())
+        self._stream.outbox.put_nowait(key)
+        try:
+            return await pending.ack
+        finally:
+            del self._pending[key]
+            self._changed.set()
 
     async def run(self) -> None:
         """Keep a stream open. Raises when ingest refuses this worker for good."""
-        backoff, said = 0.1, False
+        backoff, said = FIRST_BACKOFF_SECONDS, ""
         while True:
             try:
-                async for _ in self._stream():
-                    backoff, said = 0.1, False
+                async for _ in self._answers():
+                    backoff, said = FIRST_BACKOFF_SECONDS, ""
+                problem = "it closed the stream"
             except grpc.aio.AioRpcError as error:
+                problem = error.details() or error.code().name
                 if error.code() in _FATAL:
-                    raise _FATAL[error.code()](error.details() or "refused", where=f"ingest {self._address}") from None
-                if not said:
-                    log.warning("ingest %s: %s; trying again", self._address, error.details())
-                said = True
+                    raise _FATAL[error.code()](problem, where=f"ingest {self._address}") from None
+            except ConnectionError as error:
+                problem = str(error)
+            if problem != said:
+                log.warning("ingest %s: %s; trying again", self._address, problem)
+                said = problem
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
             backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
-    async def _stream(self) -> AsyncIterator[None]:
+    async def _answers(self) -> AsyncIterator[None]:
         """One connection; yields after every message from ingest."""
-        options = [("grpc.max_send_message_length", MAX_MESSAGE_BYTES), ("grpc.keepalive_time_ms", 30_000),
-                   ("grpc.keepalive_timeout_ms", 10_000)]  # fmt: skip
-        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+        async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
             stub = pb_grpc.TrajectoryIngestServiceStub(channel)  # type: ignore[no-untyped-call]
-            self._outbox = asyncio.Queue()
+            stream = self._stream = _Stream()
             for key in self._pending:
-                self._outbox.put_nowait(key)
-            welcomed = asyncio.Event()
-            call = stub.StreamTrajectoryGroups(self._requests(self._outbox, welcomed), metadata=self._metadata)
-            async for response in call:
-                match response.WhichOneof("message"):
-                    case "welcome":
-                        await self._set_credits(response.welcome.credits)
-                        welcomed.set()
-                    case "credits":
-                        await self._set_credits(response.credits.limit)
-                    case "ack":
-                        await self._settle(response.ack)
-                yield
+                stream.outbox.put_nowait(key)
+            call = stub.StreamTrajectoryGroups(self._requests(stream), metadata=self._metadata)
+            try:
+                while (response := await self._read(call, stream)) is not grpc.aio.EOF:
+                    self._take(response, stream)
+                    yield
+            finally:
+                call.cancel()
+                stream.outbox.put_nowait(None)  # gRPC does not end the request iterator of a call that is over
+                stream.welcomed.set()
 
-    async def _requests(
-        self, outbox: asyncio.Queue[Key], welcomed: asyncio.Event
-    ) -> AsyncIterator[pb.StreamTrajectoryGroupsRequest]:
+    async def _requests(self, stream: _Stream) -> AsyncIterator[pb.StreamTrajectoryGroupsRequest]:
         yield pb.StreamTrajectoryGroupsRequest(hello=self._hello)
-        await welcomed.wait()
-        while True:
-            pending = self._pending.get(await outbox.get())
+        await stream.welcomed.wait()
+        while (key := await stream.outbox.get()) is not None:
+            pending = self._pending.get(key)
             if pending is not None:
                 yield pb.StreamTrajectoryGroupsRequest(group=pending.message)
 
-    async def _set_credits(self, credits: int) -> None:
-        async with self._changed:
-            self._credits = credits
-            self._changed.notify_all()
+    async def _read(self, call: Any, stream: _Stream) -> Any:
+        """The next message, or EOF. Raises ConnectionError when ingest owes one for too long."""
+        read = asyncio.ensure_future(call.read())
+        try:
+            while True:
+                oldest = next(iter(self._pending), None)
+                done, _ = await asyncio.wait([read], timeout=self._answer_seconds)
+                if read.cancelled():  # by gRPC; as a CancelledError it would be taken for ours
+                    raise ConnectionError("the call was cancelled")
+                if done:
+                    return read.result()
+                if not stream.welcomed.is_set() or oldest in self._pending:
+                    raise ConnectionError(f"no answer for {self._answer_seconds:.0f} s")
+        finally:
+            read.cancel()
 
-    async def _settle(self, ack: pb.Ack) -> None:
+    def _take(self, response: pb.StreamTrajectoryGroupsResponse, stream: _Stream) -> None:
+        match response.WhichOneof("message"):
+            case "welcome":
+                self._credits = response.welcome.credits
+                self._changed.set()
+                stream.welcomed.set()
+            case "credits":
+                self._credits = response.credits.limit
+                self._changed.set()
+            case "ack":
+                self._settle(response.ack, stream)
+
+    def _settle(self, ack: pb.Ack, stream: _Stream) -> None:
         key = (ack.draw, ack.attempt)
+        pending = self._pending.get(key)
         if ack.status in _RETRIED:
-            asyncio.get_running_loop().call_later(ack.retry_after_ms / 1000, self._outbox.put_nowait, key)
-            return
-        async with self._changed:
-            pending = self._pending.pop(key, None)
-            self._changed.notify_all()
-        if pending is not None and not pending.ack.done():
+            asyncio.get_running_loop().call_later(ack.retry_after_ms / 1000, stream.outbox.put_nowait, key)
+        elif pending is not None and not pending.ack.done():
             pending.ack.set_result(ack)

@@ -3,18 +3,19 @@
 import asyncio
 import logging
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from protos.sapo.v1 import ingest_pb2 as pb
-from sapo_learner.errors import NotFound
+from sapo_learner.errors import Mismatch, NotFound
 from sapo_learner.manifest import Manifest
 from sapo_learner.policy import Policy, load_policy, load_weights
 from sapo_learner.trajectory import SCHEMA_VERSION
-from services.rollout.engines import PolicyVersion
 from services.rollout.engines.torch_engine import TorchEngine
-from services.rollout.follower import Follower, PolicyStore, listen
+from services.rollout.follower import Follower, PolicyStore, listen, served
+from services.rollout.responder import Responder
 from services.rollout.sender import GroupSender
 from services.rollout.worker import Worker
 from services.runtime.client import ControlPlaneClient
@@ -25,6 +26,17 @@ from services.runtime.settings import Environment, RunConfig
 from services.tasks import build
 
 log = logging.getLogger(__name__)
+FIRST_POLICY_TRIES = 5
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What outlives the engine."""
+
+    name: str
+    control: ControlPlaneClient
+    store: PolicyStore
+    metrics: RolloutMetrics
 
 
 async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, http_listen: str) -> None:
@@ -38,66 +50,72 @@ async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, ht
             lifecycle.wait_for("start", "the control plane's configuration")
             config = await control.config()
             torch.set_num_threads(config.engine.threads)
-            store = PolicyStore(control, Path(scratch))
-            manifest = await _first_policy(lifecycle, store)
-            if manifest is not None:
-                await _work(lifecycle, environment, config, name, control, store, manifest, metrics)
+            parts = _Parts(name, control, PolicyStore(control, Path(scratch)), metrics)
+            first = await _first_policy(lifecycle, parts.store)
+            if first is not None:
+                await _work(lifecycle, environment, config, parts, *first)
 
 
-async def _first_policy(lifecycle: Lifecycle, store: PolicyStore) -> Manifest | None:
+async def _first_policy(lifecycle: Lifecycle, store: PolicyStore) -> tuple[Manifest, Policy] | None:
+    """The current policy, verified and loaded; None when asked to stop before there is one."""
+    failures = 0
     while not lifecycle.stopping.is_set():
         try:
-            return await store.fetch()
-        except NotFound:
+            manifest = await store.fetch()
+            return manifest, await asyncio.to_thread(_load, store, manifest)
+        except NotFound:  # nothing published yet, or superseded while being fetched
             lifecycle.wait_for("start", "the learner's first policy")
             await lifecycle.sleep(0.25)
+        except Mismatch as error:  # damaged on its way: what differs has been deleted
+            failures += 1
+            if failures == FIRST_POLICY_TRIES:
+                raise
+            log.warning("version not taken: %s", error)
+            await lifecycle.sleep(failures)
     return None
-
-
-async def _work(
-    lifecycle: Lifecycle,
-    environment: Environment,
-    config: RunConfig,
-    name: str,
-    control: ControlPlaneClient,
-    store: PolicyStore,
-    manifest: Manifest,
-    metrics: RolloutMetrics,
-) -> None:
-    policy = _load(store, manifest)
-    assert manifest.version is not None
-    engine = TorchEngine(policy, PolicyVersion(manifest.version, manifest.step), slots=config.engine.slots)
-    metrics.version.set(manifest.version)
-    hello = pb.Hello(
-        worker=name,
-        tokenizer_digest=manifest.tokenizer_digest,
-        model_digest=manifest.model_digest,
-        schema_version=SCHEMA_VERSION,
-    )
-    sender = GroupSender(environment.require("ingest_address"), environment.require("token"), hello)
-    worker = Worker(name, config, engine, policy.tokenizer, build(config.task), control, sender, metrics)
-    worker.follower = Follower(engine, store, metrics, worker.beat)
-    log.info("worker %s serves version %d with %s", name, manifest.version, engine.name)
-    lifecycle.ready()
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            background = [
-                tasks.create_task(work)
-                for work in (
-                    sender.run(), worker.follower.run(), listen(control, worker.follower.hint),
-                    worker.heartbeat_forever(), worker.lease_forever(tasks),
-                )
-            ]  # fmt: skip
-            await lifecycle.stopping.wait()
-            background[-1].cancel()
-            await worker.drain()
-            for task in background:
-                task.cancel()
-    finally:
-        await engine.close()
 
 
 def _load(store: PolicyStore, manifest: Manifest) -> Policy:
     policy = load_policy(store.write_model_directory(manifest), weights=False)
-    load_weights(policy, store.tensors(manifest))  # type: ignore[arg-type]
+    load_weights(policy, store.tensors(manifest))
     return policy
+
+
+async def _work(
+    lifecycle: Lifecycle, environment: Environment, config: RunConfig, parts: _Parts, manifest: Manifest, policy: Policy
+) -> None:
+    engine = TorchEngine(policy, served(manifest), slots=config.engine.slots)
+    try:
+        hello = pb.Hello(
+            worker=parts.name, tokenizer_digest=manifest.tokenizer_digest, model_digest=manifest.model_digest,
+            schema_version=SCHEMA_VERSION,
+        )  # fmt: skip
+        sender = GroupSender(environment.require("ingest_address"), environment.require("token"), hello)
+        responder = Responder(engine, policy.tokenizer, build(config.task), config.sampling, parts.metrics)
+        follower = Follower(engine, parts.store, parts.metrics)
+        worker = Worker(parts.name, config, engine, responder, follower, parts.control, sender, parts.metrics)
+        parts.metrics.version.set(engine.policy_version.version)
+        log.info("worker %s serves version %d with %s", parts.name, engine.policy_version.version, engine.name)
+        lifecycle.ready()
+        await _run(lifecycle, worker, follower, sender, parts.control)
+    finally:
+        await engine.close()
+
+
+async def _run(
+    lifecycle: Lifecycle, worker: Worker, follower: Follower, sender: GroupSender, control: ControlPlaneClient
+) -> None:
+    """Everything at once, until the process shall stop or one of them fails."""
+    async with asyncio.TaskGroup() as tasks:
+        leasing = tasks.create_task(worker.lease_forever(tasks))
+        background = [
+            tasks.create_task(work)
+            for work in (
+                sender.run(), follower.run(worker.beat), listen(control, follower.hint), worker.heartbeat_forever()
+            )
+        ]  # fmt: skip
+        await lifecycle.stopping.wait()
+        leasing.cancel()
+        await worker.drain()
+        for task in background:
+            task.cancel()

@@ -92,12 +92,14 @@ class ReleaseRequest(BaseModel):
 class ChunkResult(BaseModel):
     worker: str
     evaluation: str
-    chunk: int
+    chunk: int = Field(ge=0)
     version: int
     correct: list[int]
     """Correct responses per problem of the chunk."""
-    samples: int
-    tokens: int
+    samples: int = Field(ge=1)
+    """Responses of the chunk."""
+    tokens: int = Field(ge=0)
+    """Of all its responses."""
     examples: list[str] = []
     """One response per problem."""
 

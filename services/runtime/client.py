@@ -20,7 +20,8 @@ from services.runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
-_BY_CODE = {each.code: each for each in errors.SapoError.__subclasses__() if each is not errors.ConfigError}
+# Two classes share INVALID_ARGUMENT; trajectories do not travel here.
+_BY_CODE = {each.code: each for each in errors.SapoError.__subclasses__() if each is not errors.InvalidTrajectory}
 CHUNK = 1 << 20
 
 

@@ -3,18 +3,23 @@
 import asyncio
 import contextlib
 import hmac
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 
-from sapo_learner.errors import ConfigError, SapoError, Unauthenticated
+from sapo_learner.errors import ConfigError, NotFound, SapoError, Unauthenticated, Unavailable
 from services.runtime.lifecycle import Lifecycle
+
+log = logging.getLogger(__name__)
 
 
 def parse_address(address: str, *, where: str) -> tuple[str, int]:
@@ -24,11 +29,21 @@ def parse_address(address: str, *, where: str) -> tuple[str, int]:
         raise ConfigError(
             f"{address!r} is not HOST:PORT", where=where, fix="for example 127.0.0.1:8080; port 0 is free choice"
         )
-    return host, int(port)
+    return host.strip("[]"), int(port)
+
+
+def refuse_taken(address: str) -> None:
+    """ConfigError when somebody listens there already.
+
+    `sapo up` holds its ports with SO_REUSEPORT, so binding alone does not fail: the kernel would share requests out.
+    """
+    host, port = parse_address(address, where="--listen")
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1.0):
+        raise ConfigError("another process listens there", where=address, fix="stop it, or choose another address")
 
 
 def probe_app(lifecycle: Lifecycle, registry: CollectorRegistry) -> FastAPI:
-    """/healthz (alive), /readyz (ready, or for what it waits), /metrics; and every SapoError as its JSON."""
+    """/healthz (alive), /readyz (ready, or for what it waits), /metrics; and every error as JSON."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/healthz")
@@ -44,12 +59,46 @@ def probe_app(lifecycle: Lifecycle, registry: CollectorRegistry) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.exception_handler(SapoError)
-    async def sapo_error(_: Request, error: SapoError) -> JSONResponse:
-        body = {"code": error.code, "what": error.what, "where": error.where, "fix": error.fix}
-        return JSONResponse({"error": body}, status_code=error.http_status)
-
+    _answer_errors(app)
     return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error, ours or not, as {"error": {code, what, where, fix}}."""
+
+    @app.exception_handler(SapoError)
+    async def ours(_: Request, error: SapoError) -> JSONResponse:
+        return _body(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        wrong = [f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in error.errors()]
+        return _body(ConfigError("; ".join(wrong), where=_place(request), fix="run both ends at the same version"))
+
+    @app.exception_handler(HTTPException)
+    async def unrouted(request: Request, error: HTTPException) -> JSONResponse:
+        kind = NotFound if error.status_code == 404 else SapoError
+        return _body(kind(str(error.detail), where=_place(request), fix="the API begins with /v1"), error.status_code)
+
+    @app.exception_handler(OSError)
+    async def disk(request: Request, error: OSError) -> JSONResponse:
+        # Unavailable, so that the caller tries again: a full disk slows the run and loses nothing.
+        log.error("%s: %s", _place(request), error)
+        return _body(Unavailable(str(error), where=_place(request), fix="make room on the disk"))
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return _body(SapoError(f"{type(error).__name__}: {error}", where=_place(request), fix="see the service's log"))
+
+
+def _body(error: SapoError, status: int | None = None) -> JSONResponse:
+    body = {"code": error.code, "what": error.what, "where": error.where, "fix": error.fix}
+    headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthenticated) else None
+    return JSONResponse({"error": body}, status_code=status or error.http_status, headers=headers)
+
+
+def _place(request: Request) -> str:
+    return f"{request.method} {request.url.path}"
 
 
 def bearer_check(token: str) -> Callable[..., None]:
@@ -75,8 +124,28 @@ class _Server(uvicorn.Server):
 @contextlib.asynccontextmanager
 async def serving(app: FastAPI, address: str) -> AsyncIterator[str]:
     """Serve `app` while the block runs; yields the URL with the port that was really taken."""
+    listener = await asyncio.to_thread(_bind, address)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        while not server.started:
+            if task.done():
+                await task
+                raise Unavailable("the HTTP server ended while it started", where=address)
+            await asyncio.sleep(0.005)
+        yield f"http://{address.rpartition(':')[0]}:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+
+
+def _bind(address: str) -> socket.socket:
+    refuse_taken(address)
     host, port = parse_address(address, where="--listen")
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # The protocol is named because asyncio turns Nagle's algorithm off only then: it costs 40 ms per answer.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # `sapo up` holds the port across restarts
     try:
@@ -86,15 +155,4 @@ async def serving(app: FastAPI, address: str) -> AsyncIterator[str]:
         raise ConfigError(
             f"cannot listen: {error.strerror}", where=address, fix="choose another --listen address"
         ) from None
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
-    server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
-    try:
-        while not server.started:
-            if task.done():
-                await task
-            await asyncio.sleep(0.005)
-        yield f"http://{host}:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await task
+    return listener

@@ -1,7 +1,7 @@
 """A process from start to exit: signals ask it to stop, it drains, it exits with the code of what went wrong.
 
-A service is `async def serve(lifecycle)`; its background work lives in an `asyncio.TaskGroup`, so a task that dies takes
-the process down. This is the one place that catches everything.
+A service is `async def serve(lifecycle)`; its background work lives in an `asyncio.TaskGroup`, so a task that dies
+takes the process down. This is the one place that catches everything.
 """
 
 import asyncio

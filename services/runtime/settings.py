@@ -80,7 +80,7 @@ class EngineSettings(Settings):
 
 class EvaluationSettings(Settings):
     every: int = Field(default=25, ge=1)
-    """Optimizer steps between two evaluations on held-out problems; the first and the last policy are always evaluated."""
+    """Optimizer steps between two evaluations on held-out problems; the first and the last policy always have one."""
     samples: int = Field(default=512, ge=1)
     """Responses per evaluation, at least; every problem gets equally many."""
     boundary_samples: int = Field(default=2000, ge=1)
@@ -140,7 +140,7 @@ class RunConfig(LearnerSettings):
         if self.lookahead < every - 1:
             raise ValueError(
                 f"pacing.lookahead {self.lookahead} is below pacing.publish_every - 1 = {every - 1}: sampling would "
-                "wait for a policy that training cannot reach; raise lookahead (and max_policy_age) or publish more often"
+                "wait for a policy that training cannot reach; raise lookahead and max_policy_age, or publish more often"
             )
         return self
 

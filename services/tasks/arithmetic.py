@@ -14,12 +14,14 @@ from functools import cached_property
 from itertools import product
 from typing import ClassVar
 
+from pydantic import Field
+
 from sapo_learner.config import Settings
 from services.tasks import Problem, Response, Split
 
 
 class Arithmetic(Settings):
-    held_out_every: int = 10
+    held_out_every: int = Field(default=10, ge=2)
     """One prompt in this many is held out."""
 
     name: ClassVar[str] = "arithmetic"

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sapo_learner.errors import InvalidTrajectory
 from sapo_learner.trajectory import FinishReason, VersionSpan
 
 
@@ -21,13 +22,19 @@ class PolicyVersion:
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One response to sample. Equal seed, prompt and weights give an equal response."""
+    """One response to sample. Equal seed, prompt and weights give equal tokens, whoever shares the batch."""
 
-    id: str
+    id: str  # unique among the responses in flight
     prompt_ids: Sequence[int]
-    seed: int
+    seed: int  # 64 bits, unsigned
     max_tokens: int
     temperature: float = 1.0  # 0 = the most likely token, always
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise InvalidTrajectory("the prompt has no token", where=f"request {self.id}", fix="mend the task's prompt")
+        if self.max_tokens < 1 or self.temperature < 0 or not 0 <= self.seed < 1 << 64:
+            raise InvalidTrajectory("max_tokens, temperature or seed out of range", where=f"request {self.id}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +49,12 @@ class TokenDelta:
 
 @dataclass(slots=True)
 class Sampled:
-    """A whole response, put together from its deltas."""
+    """A response, put together from its deltas; it is whole once it has a finish_reason."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
+    finish_reason: FinishReason | None = None
 
     def add(self, delta: TokenDelta) -> None:
         self.token_ids += delta.token_ids
@@ -62,7 +69,8 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """alive: the engine can still answer. rows: responses in flight. tokens: sampled since the engine started."""
+    """alive: the engine can still answer; if not, detail says why. rows: responses being decoded. tokens: sampled since
+    the engine started."""
 
     alive: bool
     rows: int
@@ -71,6 +79,10 @@ class EngineHealth:
 
 
 class Engine(Protocol):
+    """Errors of the caller's making are raised to the caller. An engine that died raises Unavailable from every method
+    and from every iterator, so that nobody waits for it, and its health says so.
+    """
+
     name: str  # with its version, for the record: "torch 2.13.0"
 
     @property
@@ -78,20 +90,25 @@ class Engine(Protocol):
         """The policy that the next token will be sampled under."""
 
     def generate(self, request: SampleRequest) -> AsyncIterator[TokenDelta]:
-        """Sample one response; closing the iterator aborts it."""
+        """Sample one response; closing the iterator aborts it. Raises ConfigError beyond the model's context."""
 
     async def abort(self, request_id: str) -> None:
-        """Stop sampling a response; its iterator ends. Unknown ids are ignored."""
+        """Stop sampling a response: its iterator ends without a finish_reason. Unknown ids are ignored."""
 
     async def update_weights(self, tensors: Mapping[str, Any], policy: PolicyVersion) -> None:
-        """Serve these weights from the next token on: responses in flight go on under them, with their cache recomputed."""
+        """Serve these weights from the next token on; responses in flight go on under them, their cache recomputed.
+
+        Raises Mismatch for tensors of another model; the engine then goes on under the policy it has.
+        """
 
     async def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int], temperature: float) -> list[float]:
-        """Log-probs of given response tokens under the current policy."""
+        """Log-probs of given response tokens under the current policy, as sampling them would have recorded."""
 
     def busy_intervals(self) -> list[tuple[float, float]]:
         """Unix times between which tokens were being sampled, since the last call."""
 
-    async def health(self) -> EngineHealth: ...
+    async def health(self) -> EngineHealth:
+        """Answers at once, also when the engine is busy or dead."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Stop; every iterator and every call still waiting raises Unavailable."""

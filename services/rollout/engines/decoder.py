@@ -8,6 +8,7 @@ Shape letters: S slots, L positions, V vocabulary, N active rows.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from sapo_learner.errors import ConfigError
 from sapo_learner.policy import Policy, load_weights
 from services.rollout.engines import PolicyVersion, SampleRequest, TokenDelta
 
@@ -85,6 +87,8 @@ class BatchDecoder:
     """Not thread-safe: one thread adds, steps, updates and aborts."""
 
     def __init__(self, policy: Policy, version: PolicyVersion, *, slots: int) -> None:
+        """Raises ConfigError for a model that this cache cannot serve."""
+        _require_full_attention(policy)
         self.policy, self.version, self.slots = policy, version, slots
         self._end_ids = torch.tensor(sorted(policy.end_ids), dtype=torch.int64)
         self._cache = SlotCache()
@@ -132,9 +136,12 @@ class BatchDecoder:
 
     @torch.no_grad()
     def update_weights(self, tensors: Mapping[str, Tensor], version: PolicyVersion) -> dict[str, TokenDelta]:
-        """Swap weights and recompute the cache of every row; returns what was sampled under the old ones."""
-        deltas = self._flush(range(self.active))
+        """Swap weights and recompute the cache of every row; returns what was sampled under the old ones.
+
+        Raises Mismatch, before anything has changed.
+        """
         load_weights(self.policy, tensors)
+        deltas = self._flush(range(self.active))
         self.version = version
         self._prefill(0)
         return deltas
@@ -163,10 +170,10 @@ class BatchDecoder:
 
     @torch.no_grad()
     def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int], temperature: float) -> list[float]:
-        """Log-probs of `token_ids` after `prompt_ids`, without touching the rows in flight."""
+        """Log-probs of `token_ids` after `prompt_ids`: a plain forward pass, without the cache."""
         ids = torch.tensor([[*prompt_ids, *token_ids]])
         hidden = self.policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))[0, len(prompt_ids) - 1 : -1]
-        logprobs = torch.log_softmax(self._logits(hidden) / temperature, dim=-1)
+        logprobs = torch.log_softmax(self._logits(hidden) / (temperature or 1.0), dim=-1)
         values: list[float] = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
         return values
 
@@ -175,9 +182,8 @@ class BatchDecoder:
         ended = []
         for row in rows:
             if stopped[row] or full[row]:
-                delta, request = deltas[self._requests[row].id], self._requests[row]
-                reason = "stop" if stopped[row] else "length"
-                deltas[request.id] = TokenDelta(delta.token_ids, delta.logprobs, delta.policy, reason)  # type: ignore[arg-type]
+                request_id = self._requests[row].id
+                deltas[request_id] = replace(deltas[request_id], finish_reason="stop" if stopped[row] else "length")
                 ended.append(row)
         if ended:
             self._remove(ended)
@@ -245,6 +251,19 @@ class BatchDecoder:
             new[:, :have] = old
             setattr(self, name, new)
         self._cache.resize(self.slots, want)
+
+
+def _require_full_attention(policy: Policy) -> None:
+    config = policy.model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
+    if kinds != {"full_attention"} or window:
+        raise ConfigError(
+            f"the torch engine cannot serve layers of kind {', '.join(sorted(kinds))}"
+            + (", windowed" if window else ""),
+            where=f"model {config.model_type}",
+            fix="use a model with full attention in every layer, or another engine",
+        )
 
 
 def _sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,24 +1,28 @@
 """The small engine: BatchDecoder on a thread of its own, for CPUs, demos and tests.
 
 The thread alternates between commands (add, abort, update, score) and decoding steps, so weights change exactly between
-two steps. Deltas of one step reach the event loop in one call.
+two steps. Deltas of one step reach the event loop in one call. What ends the thread ends everything that waits for it.
 """
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from sapo_learner.errors import Unavailable
+from sapo_learner.errors import ConfigError, SapoError, Unavailable
 from sapo_learner.policy import Policy
 from services.rollout.engines import EngineHealth, PolicyVersion, SampleRequest, TokenDelta
 from services.rollout.engines.decoder import BatchDecoder
 
 MERGE_SECONDS = 0.005  # decoding pauses shorter than this count as busy
+INTERVALS_KEPT = 4096  # of busy time that nobody has asked for
+CLOSE_SECONDS = 10.0
 
 
 class TorchEngine:
@@ -26,14 +30,16 @@ class TorchEngine:
         """policy: becomes the engine's own. slots: responses decoded in one batch; more wait their turn."""
         self.name = f"torch {torch.__version__}"
         self._decoder = BatchDecoder(policy, version, slots=slots)
+        self._context: int | None = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: list[SampleRequest] = []
-        self._outputs: dict[str, asyncio.Queue[TokenDelta | None]] = {}
-        self._busy: list[tuple[float, float]] = []
+        self._waiting: list[SampleRequest] = []  # the thread's own
+        self._outputs: dict[str, asyncio.Queue[TokenDelta | None]] = {}  # the loop's own, like _calls
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._busy: deque[tuple[float, float]] = deque(maxlen=INTERVALS_KEPT)
         self._busy_lock = threading.Lock()
         self._sampled = 0
-        self._failure: BaseException | None = None
+        self._ended: str | None = None  # why the thread is no more
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
         self._thread.start()
 
@@ -42,26 +48,28 @@ class TorchEngine:
         return self._decoder.version
 
     async def generate(self, request: SampleRequest) -> AsyncIterator[TokenDelta]:
+        self._check(request)
         output: asyncio.Queue[TokenDelta | None] = asyncio.Queue()
-        self._outputs[request.id] = output
         self._send(lambda: self._waiting.append(request))
+        self._outputs[request.id] = output
         try:
-            while True:
-                delta = await output.get()
-                if delta is None:
-                    if self._failure is not None:
-                        raise Unavailable(f"the engine stopped: {self._failure}", where=self.name)
+            while (delta := await output.get()) is not None:
+                if delta.finish_reason is not None:
+                    self._forget(request.id, output)  # the row is free already
+                    yield delta
                     return
                 yield delta
-                if delta.finish_reason is not None:
-                    return
+            if self._ended is not None:
+                raise self._gone()
         finally:
-            if self._outputs.pop(request.id, None) is not None and self._failure is None:
-                self._send(lambda: self._abort(request.id))
+            if self._forget(request.id, output):
+                self._commands.put(lambda: self._abort(request.id))
 
     async def abort(self, request_id: str) -> None:
-        if request_id in self._outputs:
-            self._outputs[request_id].put_nowait(None)
+        output = self._outputs.get(request_id)
+        if output is not None and self._forget(request_id, output):
+            self._commands.put(lambda: self._abort(request_id))
+            output.put_nowait(None)
 
     async def update_weights(self, tensors: Mapping[str, Any], policy: PolicyVersion) -> None:
         await self._call(lambda: self._deliver(self._decoder.update_weights(tensors, policy)))
@@ -72,20 +80,44 @@ class TorchEngine:
 
     def busy_intervals(self) -> list[tuple[float, float]]:
         with self._busy_lock:
-            intervals, self._busy = self._busy, []
+            intervals = list(self._busy)
+            self._busy.clear()
         return intervals
 
     async def health(self) -> EngineHealth:
-        alive = self._thread.is_alive() and self._failure is None
-        return EngineHealth(alive, self._decoder.active, self._sampled, str(self._failure or ""))
+        return EngineHealth(self._ended is None, self._decoder.active, self._sampled, self._ended or "")
 
     async def close(self) -> None:
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join, 10)
+        await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
+
+    # ---- on the event loop
+
+    def _check(self, request: SampleRequest) -> None:
+        if request.id in self._outputs:
+            raise ValueError(f"request {request.id} is in flight already")
+        length = len(request.prompt_ids) + request.max_tokens
+        if self._context is not None and length > self._context:
+            raise ConfigError(
+                f"{len(request.prompt_ids)} prompt and {request.max_tokens} response tokens exceed the model's context "
+                f"of {self._context}",
+                where="sampling.max_tokens",
+                fix="lower it, or use a model with a longer context",
+            )
+
+    def _forget(self, request_id: str, output: asyncio.Queue[TokenDelta | None]) -> bool:
+        """Take no more deltas for it; False when that is so already (the id may be another request's by now)."""
+        known = self._outputs.get(request_id) is output
+        if known:
+            del self._outputs[request_id]
+        return known
+
+    def _gone(self) -> Unavailable:
+        return Unavailable(f"the engine stopped: {self._ended}", where=self.name)
 
     def _send(self, command: Callable[[], None]) -> None:
-        if self._failure is not None:
-            raise Unavailable(f"the engine stopped: {self._failure}", where=self.name)
+        if self._ended is not None:
+            raise self._gone()
         self._commands.put(command)
 
     async def _call(self, function: Callable[[], Any]) -> Any:
@@ -101,22 +133,44 @@ class TorchEngine:
                 result = function()
             except Exception as error:
                 self._loop.call_soon_threadsafe(settle, future.set_exception, error)
+                if not isinstance(error, SapoError):
+                    raise  # nobody knows what state it left behind
             else:
                 self._loop.call_soon_threadsafe(settle, future.set_result, result)
 
         self._send(command)
-        return await future
+        self._calls.add(future)
+        try:
+            return await future
+        finally:
+            self._calls.discard(future)
+
+    def _put(self, deltas: Mapping[str, TokenDelta]) -> None:
+        for request_id, delta in deltas.items():
+            if request_id in self._outputs:
+                self._outputs[request_id].put_nowait(delta)
+
+    def _end_all(self) -> None:
+        for output in self._outputs.values():
+            output.put_nowait(None)
+        for future in self._calls:
+            if not future.done():
+                future.set_exception(self._gone())
+
+    # ---- on the thread
 
     def _run(self) -> None:
+        ended = "closed"
         try:
             while self._take_commands():
                 self._admit()
                 if self._decoder.active:
                     self._decode()
         except BaseException as error:
-            self._failure = error
+            ended = f"{type(error).__name__}: {error}"
         finally:
-            if not self._loop.is_closed():
+            self._ended = ended
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
                 self._loop.call_soon_threadsafe(self._end_all)
 
     def _take_commands(self) -> bool:
@@ -139,8 +193,9 @@ class TorchEngine:
 
     def _decode(self) -> None:
         started, rows = time.time(), self._decoder.active
-        self._deliver(self._decoder.step())
+        deltas = self._decoder.step()
         self._sampled += rows
+        self._deliver(deltas)
         ended = time.time()
         with self._busy_lock:
             if self._busy and started - self._busy[-1][1] < MERGE_SECONDS:
@@ -154,12 +209,3 @@ class TorchEngine:
     def _deliver(self, deltas: Mapping[str, TokenDelta]) -> None:
         if deltas:
             self._loop.call_soon_threadsafe(self._put, deltas)
-
-    def _put(self, deltas: Mapping[str, TokenDelta]) -> None:
-        for request_id, delta in deltas.items():
-            if request_id in self._outputs:
-                self._outputs[request_id].put_nowait(delta)
-
-    def _end_all(self) -> None:
-        for output in self._outputs.values():
-            output.put_nowait(None)

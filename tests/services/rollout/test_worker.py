@@ -1,0 +1,487 @@
+"""Leases become groups whose every field is true; lost leases, draining, pins and moved-on versions are handled."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from protos.sapo.v1 import ingest_pb2 as pb
+from sapo_learner.errors import InvalidTrajectory, Unavailable
+from sapo_learner.policy import tiny_policy
+from sapo_learner.trajectory import TrajectoryGroup, VersionSpan
+from services.rollout.engine_watch import STALL_SECONDS, EngineWatch
+from services.rollout.engines import EngineHealth, PolicyVersion
+from services.rollout.engines.torch_engine import TorchEngine
+from services.rollout.follower import Follower
+from services.rollout.responder import Responder
+from services.rollout.worker import MAX_INVALID, Worker
+from services.runtime import api
+from services.runtime.metrics import RolloutMetrics
+from services.runtime.settings import RunConfig
+from services.tasks import Problem, Response
+from services.tasks.arithmetic import TASK
+
+GROUP, SLOTS = 4, 12  # three groups at once
+PROBLEM = api.ProblemBody(id="1+2+3=", prompt="1+2+3=", answer="6")
+
+
+class ControlPlane:
+    """Answers leases with what the test puts there; everything said to it is kept."""
+
+    def __init__(self) -> None:
+        self.answers: asyncio.Queue[api.LeaseResponse] = asyncio.Queue()
+        self.chunks: list[api.EvaluationChunk] = []  # for a worker that asks for one at once
+        self.requests: asyncio.Queue[api.LeaseRequest] = asyncio.Queue()
+        self.beats: list[api.Heartbeat] = []
+        self.lost: list[tuple[int, int]] = []
+        self.released: list[tuple[int, int]] = []
+        self.results: asyncio.Queue[api.ChunkResult] = asyncio.Queue()
+
+    def give(self, *draws: int, **fields: Any) -> None:
+        leased = [api.LeasedDraw(draw=draw, attempt=1, epoch=2, seed=1000 + draw, problem=PROBLEM) for draw in draws]
+        self.answers.put_nowait(api.LeaseResponse(draws=leased, **({"version": 0} | fields)))
+
+    async def lease(self, request: api.LeaseRequest) -> api.LeaseResponse:
+        self.requests.put_nowait(request)
+        if request.wait_seconds == 0:
+            return api.LeaseResponse(version=0, evaluation=self.chunks.pop(0) if self.chunks else None)
+        return await self.answers.get()
+
+    async def heartbeat(self, beat: api.Heartbeat) -> api.HeartbeatResponse:
+        self.beats.append(beat)
+        lost = [api.LeaseProgress(draw=draw, attempt=attempt, tokens=0) for draw, attempt in self.lost]
+        return api.HeartbeatResponse(version=0, lost=lost)
+
+    async def release(self, request: api.ReleaseRequest) -> None:
+        self.released += [(each.draw, each.attempt) for each in request.leases]
+
+    async def evaluated(self, result: api.ChunkResult) -> None:
+        self.results.put_nowait(result)
+
+
+class Sender:
+    """Takes groups; `open` cleared, acks wait."""
+
+    def __init__(self) -> None:
+        self.groups: asyncio.Queue[TrajectoryGroup] = asyncio.Queue()
+        self.status, self.open = pb.Ack.STATUS_ACCEPTED, asyncio.Event()
+        self.open.set()
+
+    async def send(self, group: TrajectoryGroup) -> pb.Ack:
+        self.groups.put_nowait(group)
+        await self.open.wait()
+        return pb.Ack(draw=group.draw, attempt=group.attempt, status=self.status, reason="because")
+
+
+class Store:
+    """Version 1 is there, and verified."""
+
+    async def fetch(self) -> Any:
+        return SimpleNamespace(version=1, step=1)
+
+    def tensors(self, _: Any) -> dict[str, torch.Tensor]:
+        return tiny_policy(Task().alphabet, seed=1).tensors()
+
+
+class Task(TASK):
+    """The arithmetic task, whose answers all end with the character 1; `broken`: scoring fails."""
+
+    broken: bool = False
+
+    def score(self, problem: Problem, response: Response) -> dict[str, float]:
+        if self.broken:
+            raise ZeroDivisionError("a bug in scoring")
+        return {"correct": float(len(response.text) % 2), "length": len(response.text) / 100}
+
+
+class Scene:
+    def __init__(self, *, max_tokens: int = 8, broken: bool = False) -> None:
+        torch.set_num_threads(1)
+        self.config = RunConfig.model_validate(
+            {
+                "sampling": {"group_size": GROUP, "max_tokens": max_tokens, "temperature": 1.3},
+                "engine": {"slots": SLOTS},
+            }
+        )
+        self.policy = tiny_policy(Task().alphabet, seed=0)
+        if max_tokens > 100:  # long responses shall not end by themselves
+            self.policy.model.generation_config.eos_token_id = None
+        self.engine = TorchEngine(self.policy, PolicyVersion(0, 0), slots=SLOTS)
+        if max_tokens > 100:
+            self.engine._decoder._end_ids = torch.tensor([], dtype=torch.int64)
+        self.now = 100.0
+        self.control, self.sender, self.metrics = ControlPlane(), Sender(), RolloutMetrics()
+        fakes: Any = (self.control, self.sender)
+        responder = Responder(
+            self.engine, self.policy.tokenizer, Task(broken=broken), self.config.sampling, self.metrics
+        )
+        self.follower = Follower(self.engine, Store(), self.metrics)  # type: ignore[arg-type]
+        self.worker = Worker(
+            "w", self.config, self.engine, responder, self.follower, *fakes, self.metrics, clock=lambda: self.now
+        )
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[asyncio.Task[None]]:
+        """The worker's loop; raises what any of its groups raises."""
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            loop = tasks.create_task(self.worker.lease_forever(tasks))
+            yield loop
+            loop.cancel()
+            for lease in self.worker._leases.values():
+                lease.task.cancel()
+
+    async def dies_of(self, *draws: int) -> None:
+        """Give the draws and wait for the error that ends the worker."""
+        async with self.working() as loop:
+            self.control.give(*draws)
+            await loop
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"sapo_rollout_{name}_total", labels) or 0.0
+
+    async def sampled(self, more_than: float = 0) -> float:
+        """Wait until the engine has reported more tokens than that; how many."""
+        await self.until(lambda: self.count("tokens") > more_than)
+        return self.count("tokens")
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            await asyncio.sleep(0.0005)  # the engine's thread needs the interpreter
+
+    def chunk(self, number: int, version: int = 0, samples: int = 3) -> api.EvaluationChunk:
+        problems = [PROBLEM, PROBLEM.model_copy(update={"prompt": "4-1+7="})]
+        return api.EvaluationChunk(
+            evaluation="e", chunk=number, version=version, samples=samples, seed=5 + number, problems=problems
+        )
+
+
+@pytest_asyncio.fixture
+async def scene() -> AsyncIterator[Scene]:
+    scene = Scene()
+    yield scene
+    await scene.engine.close()
+
+
+@pytest_asyncio.fixture
+async def slow() -> AsyncIterator[Scene]:
+    """Responses that take a while: 240 tokens, none of which ends them."""
+    scene = Scene(max_tokens=240)
+    yield scene
+    await scene.engine.close()
+
+
+async def test_a_lease_becomes_a_group_with_the_facts_of_its_sampling(scene: Scene) -> None:
+    async with scene.working():
+        scene.control.give(7)
+        group = await scene.sender.groups.get()
+    assert (group.draw, group.attempt, group.epoch, group.seed) == (7, 1, 2, 1007)
+    assert (group.task, group.prompt_id, group.worker) == ("arithmetic", "1+2+3=", "w")
+    assert group.engine == scene.engine.name
+    assert group.sampling == scene.config.sampling.parameters()
+    assert group.prompt_ids.tolist() == scene.policy.tokenizer.encode("1+2+3=")
+    assert len(group.trajectories) == GROUP
+    for each in group.trajectories:
+        assert each.behaviour_logprobs.dtype == np.float32
+        assert each.loss_mask.all()
+        assert each.spans == (VersionSpan(len(each.token_ids), 0, 0),)
+        truth = await scene.engine.score(group.prompt_ids.tolist(), each.token_ids.tolist(), 1.3)
+        assert each.behaviour_logprobs.tolist() == pytest.approx(truth, abs=1e-5)
+        text = scene.policy.tokenizer.decode(each.token_ids, skip_special_tokens=True)
+        assert each.rewards == {"correct": len(text) % 2, "length": len(text) / 100}
+        assert each.finish_reason == ("stop" if each.token_ids[-1] in scene.policy.end_ids else "length")
+
+
+async def test_the_same_draw_gives_the_same_responses_in_any_attempt_worker_and_company(scene: Scene) -> None:
+    def responses(group: TrajectoryGroup) -> list[list[int]]:
+        return [each.token_ids.tolist() for each in group.trajectories]
+
+    async with scene.working():
+        scene.control.give(7)
+        first = responses(await scene.sender.groups.get())
+        scene.control.give(8, 7)
+        again = {group.draw: responses(group) for group in [await scene.sender.groups.get() for _ in range(2)]}
+    other = Scene()
+    async with other.working():
+        other.control.give(1, 7, 9)
+        elsewhere = {group.draw: responses(group) for group in [await other.sender.groups.get() for _ in range(3)]}
+    await other.engine.close()
+    assert first == again[7] == elsewhere[7]
+    assert again[8] != first
+    assert len({tuple(each) for each in first}) > 1
+
+
+async def test_two_attempts_at_a_draw_may_be_in_flight_together(scene: Scene) -> None:
+    """The lease of the first was lost, and the worker does not know yet."""
+    draws = [api.LeasedDraw(draw=7, attempt=attempt, epoch=0, seed=9, problem=PROBLEM) for attempt in (1, 2)]
+    async with scene.working():
+        scene.control.answers.put_nowait(api.LeaseResponse(draws=draws, version=0))
+        groups = [await scene.sender.groups.get() for _ in range(2)]
+    assert {group.attempt for group in groups} == {1, 2}
+
+
+async def test_no_more_draws_are_asked_for_than_the_engine_has_room_for(scene: Scene) -> None:
+    scene.sender.open.clear()  # a group waiting for its ack holds its room
+    async with scene.working():
+        assert (await scene.control.requests.get()).count == 3
+        scene.control.give(0, 1)
+        assert (await scene.control.requests.get()).count == 1
+        scene.control.give(2)
+        for _ in range(3):
+            await scene.sender.groups.get()
+        assert scene.control.requests.empty()
+        scene.sender.open.set()
+        assert (await scene.control.requests.get()).count >= 1
+
+
+async def test_a_lease_is_renewed_by_the_tokens_sampled_for_it_each_counted_once(slow: Scene) -> None:
+    async with slow.working():
+        slow.control.give(1)
+        tokens = told = 0.0
+        for _ in range(3):
+            tokens = await slow.sampled(more_than=tokens)
+            await slow.worker.beat()
+            (lease,) = slow.control.beats[-1].leases
+            assert (lease.draw, lease.attempt) == (1, 1)
+            told += lease.tokens
+            assert told == tokens
+        await slow.worker.beat()
+        assert slow.control.beats[-1].leases[0].tokens == 0
+
+
+async def test_leases_are_renewed_each_for_itself_and_no_longer_than_they_are_sampled(slow: Scene) -> None:
+    slow.sender.open.clear()
+    async with slow.working():
+        slow.control.give(1)
+        tokens = await slow.sampled()
+        slow.control.give(2)
+        await slow.sampled(more_than=tokens)
+        await slow.worker.beat()
+        assert {each.draw for each in slow.control.beats[-1].leases} == {1, 2}
+        for _ in range(2):
+            await slow.sender.groups.get()
+        await slow.worker.beat()
+        assert slow.control.beats[-1].leases == []  # what waits for its ack is ingest's to keep alive
+        assert slow.control.beats[-1].waiting_for == ""
+        slow.sender.open.set()
+
+
+async def test_a_lost_lease_stops_its_sampling_and_nothing_else(slow: Scene) -> None:
+    async with slow.working() as loop:
+        slow.control.give(1, 2)
+        await slow.sampled()
+        slow.control.lost = [(1, 1), (99, 1)]
+        await slow.worker.beat()
+        group = await slow.sender.groups.get()
+        assert group.draw == 2
+        assert not loop.done()
+        assert (await slow.engine.health()).tokens < 2 * GROUP * 240
+        slow.control.give(3)  # its room is free
+        assert (await slow.sender.groups.get()).draw == 3
+
+
+async def test_a_group_on_its_way_is_not_stopped_by_a_lost_lease(scene: Scene) -> None:
+    """An accepted draw has no lease any more, and its ack may still be on its way."""
+    scene.sender.open.clear()
+    async with scene.working():
+        scene.control.give(1)
+        await scene.sender.groups.get()
+        scene.control.lost = [(1, 1)]
+        await scene.worker.beat()
+        scene.sender.open.set()
+        await scene.until(lambda: scene.count("groups", status="accepted"))
+
+
+async def test_draining_hands_back_what_is_unfinished(slow: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.rollout.worker.DRAIN_SECONDS", 0.01)
+    async with slow.working() as loop:
+        slow.control.give(4, 5)
+        await slow.sampled()
+        loop.cancel()
+        await slow.worker.drain()
+    assert slow.control.released == [(4, 1), (5, 1)]
+    assert slow.sender.groups.empty()
+    await slow.engine.score([3], [4], 1.0)  # behind the aborts
+    assert (await slow.engine.health()).rows == 0
+
+
+async def test_draining_finishes_what_is_nearly_done(scene: Scene) -> None:
+    async with scene.working() as loop:
+        scene.control.give(4)
+        await scene.until(lambda: scene.worker._leases)
+        loop.cancel()
+        await scene.worker.drain()
+        assert (await scene.sender.groups.get()).draw == 4
+    assert scene.control.released == []
+
+
+async def test_draining_does_not_wait_for_an_evaluation(slow: Scene) -> None:
+    async with slow.working() as loop:
+        slow.control.give(evaluation=slow.chunk(0))
+        await slow.sampled()
+        loop.cancel()
+        await slow.worker.drain()
+    assert slow.control.results.empty()
+
+
+async def test_a_control_plane_that_is_gone_does_not_keep_a_draining_worker(
+    slow: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreachable(_: api.ReleaseRequest) -> None:
+        raise Unavailable("nobody there")
+
+    monkeypatch.setattr("services.rollout.worker.DRAIN_SECONDS", 0.01)
+    monkeypatch.setattr(slow.control, "release", unreachable)
+    async with slow.working() as loop:
+        slow.control.give(4)
+        await slow.sampled()
+        loop.cancel()
+        await slow.worker.drain()
+
+
+# ---- evaluation
+
+
+async def test_an_evaluation_is_answered_chunk_by_chunk_until_none_is_left(scene: Scene) -> None:
+    scene.control.chunks = [scene.chunk(1), scene.chunk(2)]
+    async with scene.working():
+        scene.control.give(evaluation=scene.chunk(0))
+        results = [await scene.control.results.get() for _ in range(3)]
+        while (request := await scene.control.requests.get()).wait_seconds:  # the loop's own
+            pass
+        assert (request.count, request.evaluate) == (0, True)
+    assert [(each.chunk, each.version, each.samples) for each in results] == [(0, 0, 6), (1, 0, 6), (2, 0, 6)]
+    for each in results:
+        assert (each.worker, each.evaluation, len(each.correct), len(each.examples)) == ("w", "e", 2, 2)
+        assert all(0 <= correct <= 3 for correct in each.correct)
+        assert each.tokens > 0
+
+
+async def test_an_evaluation_is_answered_under_its_version_while_a_newer_one_waits(slow: Scene) -> None:
+    async with slow.working():
+        slow.control.give(evaluation=slow.chunk(0))
+        undisturbed = await slow.control.results.get()
+        follower = asyncio.create_task(slow.follower.run(slow.worker.beat))
+        tokens = slow.count("tokens")
+        slow.control.give(evaluation=slow.chunk(0))
+        await slow.sampled(more_than=tokens)
+        slow.follower.hint(1)
+        result = await slow.control.results.get()
+        assert (result.version, result.examples) == (0, undisturbed.examples)
+        await slow.until(lambda: slow.engine.policy_version.version == 1)
+        follower.cancel()
+
+
+async def test_while_one_evaluation_is_answered_no_other_is_asked_for(slow: Scene) -> None:
+    async with slow.working():
+        assert (await slow.control.requests.get()).evaluate
+        slow.control.give(evaluation=slow.chunk(0))
+        assert not (await slow.control.requests.get()).evaluate
+        await slow.control.results.get()
+
+
+async def test_a_chunk_of_a_version_that_has_moved_on_is_left_to_others(scene: Scene) -> None:
+    async with scene.working():
+        scene.control.give(evaluation=scene.chunk(0, version=3))
+        await scene.until(lambda: scene.control.requests.qsize() == 2)
+        await scene.until(lambda: scene.worker._evaluation is None)
+        scene.control.give(1)
+        await scene.sender.groups.get()
+    assert scene.control.results.empty()
+    assert scene.follower._pins == 0
+
+
+# ---- what ends the worker, and what it tells
+
+
+@pytest.mark.timeout(20)
+async def test_a_bug_in_scoring_ends_the_worker_with_its_message() -> None:
+    scene = Scene(broken=True)
+    with pytest.raises(ExceptionGroup) as caught:
+        await scene.dies_of(1)
+    assert caught.group_contains(ZeroDivisionError, match="a bug in scoring")
+    await scene.engine.close()
+
+
+@pytest.mark.timeout(20)
+async def test_a_worker_whose_groups_are_all_malformed_ends_and_says_so(scene: Scene) -> None:
+    scene.sender.status = pb.Ack.STATUS_INVALID
+    with pytest.raises(ExceptionGroup) as caught:
+        await scene.dies_of(*range(MAX_INVALID))
+    assert caught.group_contains(InvalidTrajectory, match="because")
+
+
+@pytest.mark.parametrize("status", ["DUPLICATE", "EXPIRED"])
+async def test_a_group_that_came_too_late_is_counted_and_no_fault(scene: Scene, status: str) -> None:
+    scene.sender.status = getattr(pb.Ack, f"STATUS_{status}")
+    async with scene.working():
+        for draw in range(4):
+            scene.control.give(draw)
+            await scene.sender.groups.get()
+        await scene.until(lambda: not scene.worker._leases)
+    assert scene.count("groups", status=status.lower()) == 4
+
+
+async def test_a_dead_engine_is_noticed_by_the_next_heartbeat(scene: Scene) -> None:
+    await scene.worker.beat()
+    await scene.engine.close()
+    with pytest.raises(Unavailable, match="engine died: closed"):
+        await scene.worker.beat()
+
+
+def test_an_engine_that_stands_still_with_work_to_do_is_noticed() -> None:
+    now = 0.0
+    watch = EngineWatch(clock=lambda: now)
+    now = 2.0
+    assert watch.look(EngineHealth(True, rows=3, tokens=100)) == 50.0
+    now += STALL_SECONDS + 1
+    assert watch.look(EngineHealth(True, rows=0, tokens=100)) == 0.0  # nothing to do
+    watch.look(EngineHealth(True, rows=3, tokens=100))
+    now += STALL_SECONDS + 1
+    with pytest.raises(Unavailable, match="sampled nothing"):
+        watch.look(EngineHealth(True, rows=3, tokens=100))
+
+
+async def test_time_without_work_is_counted_by_what_kept_it_back(scene: Scene) -> None:
+    def waited(reason: str) -> float:
+        return scene.count("waiting_seconds", reason=reason)
+
+    async with scene.working():
+        await scene.control.requests.get()
+        scene.now = 103.0
+        scene.control.give(waiting_for="lookahead")
+        await scene.control.requests.get()
+        assert waited("lookahead") == 3.0
+        await scene.worker.beat()
+        assert scene.control.beats[-1].waiting_for == "lookahead"
+        scene.sender.open.clear()
+        scene.control.give(1)
+        await scene.control.requests.get()
+        scene.now = 110.0  # busy with draw 1, however long
+        await scene.sender.groups.get()
+        scene.control.give(waiting_for="lookahead")
+        await scene.control.requests.get()
+        assert waited("lookahead") == 3.0
+        scene.sender.open.set()
+        await scene.until(lambda: not scene.worker._leases)
+        scene.now = 112.0  # idle only since the ack
+        scene.control.give(waiting_for="steps")
+        await scene.control.requests.get()
+        assert waited("steps") == 2.0
+
+
+async def test_a_heartbeat_reports_the_policy_served_and_the_engine_s_figures(scene: Scene) -> None:
+    async with scene.working():
+        scene.control.give(1)
+        await scene.sender.groups.get()
+        await scene.engine.update_weights(scene.policy.tensors(), PolicyVersion(2, 9))
+        await scene.worker.beat()
+    beat = scene.control.beats[-1]
+    assert (beat.worker, beat.version, beat.step, beat.rows) == ("w", 2, 9, 0)
+    assert beat.tokens == scene.count("tokens")
+    assert beat.busy
