@@ -109,11 +109,15 @@ def _read_model(directory: Path, *, weights: bool) -> tuple[Any, list[str]]:
 
 
 def load_weights(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a snapshot's tensors into the model; a missing or unknown name raises Mismatch."""
+    """Copy a snapshot's tensors into the model, all or (raising Mismatch for a wrong name or shape) none."""
     own = policy.tensors()
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise Mismatch(f"tensors differ in names: {', '.join(odd[:5])}", fix="is it a snapshot of another model?")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            shapes = f"{list(tensors[name].shape)}, the model's is {list(tensor.shape)}"
+            raise Mismatch(f"tensor {name!r} has shape {shapes}", fix="is it a snapshot of another model?")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -127,7 +127,8 @@ class TrajectoryGroup:
 
     def __post_init__(self) -> None:
         _require(self.schema_version == SCHEMA_VERSION, f"schema version {self.schema_version} is not {SCHEMA_VERSION}")
-        _require(self.draw >= 0 and self.attempt >= 1 and self.epoch >= 0, "draw, attempt or epoch out of range")
+        _require(self.draw >= 0 and self.attempt >= 1, "draw or attempt out of range")
+        _require(self.epoch >= 0 and self.seed >= 0, "epoch or seed is negative")
         _require(self.prompt_ids.dtype == np.int32 and self.prompt_ids.ndim == 1, "prompt_ids is not one int32 vector")
         _require(len(self.prompt_ids) > 0, "the prompt has no token")
         _require(bool((self.prompt_ids >= 0).all()), "a prompt token id is negative")

@@ -1,5 +1,6 @@
 """One connection to the run's server: scripts, time limits, retries, and Redis' errors as ours."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Any, Self
@@ -114,7 +115,7 @@ class Connection:
         try:
             async for attempt in patience:
                 with attempt:
-                    return await action()
+                    return await _uncancelled(action())
         except exceptions.RedisError as error:
             raise self._translated(error) from error
 
@@ -137,6 +138,19 @@ class Connection:
         if code == "UNRESTORED":
             return Unavailable("the policy registry is not restored", where=where, fix="the control plane restores it")
         return SapoError(message, where=where)
+
+
+async def _uncancelled(action: Awaitable[Any]) -> Any:
+    """Await `action`, and see to it that a cancellation that came meanwhile is not lost.
+
+    redis-py writes under asyncio.wait_for, which on Python 3.11 swallows a cancellation when the write is done already.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    result = await action
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
+    return result
 
 
 def _refused(error: BaseException) -> bool:

