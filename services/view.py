@@ -143,8 +143,8 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
     """`sapo status` for a person."""
     learner = status["learner"]
     console.print(
-        f"run {status['run']}: {status['state']}, step {learner['step']}/{status['steps']}, version {status['version']}, "
-        f"{status['accepted']} groups accepted, {status['groups_ready']} ready, {status['open_leases']} open leases",
+        f"run {status['run']}: {status['state']}, step {learner['step']}/{status['steps']}, "
+        f"version {status['version']}, {status['accepted']} groups accepted, {status['groups_ready']} ready, {status['open_leases']} open leases",
         highlight=False,
     )
     if learner["waiting_for"]:

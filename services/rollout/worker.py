@@ -32,6 +32,7 @@ from services.runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
+WAIT_SECONDS = 10.0
 DRAIN_SECONDS = 5.0  # for groups that are nearly done, and again for handing back the others
 MAX_ASKED = 4096  # draws per request, as the API bounds it
 MAX_INVALID = 3  # groups in a row that ingest refuses as malformed: one may be bad luck, three are this worker
@@ -100,9 +101,12 @@ class Worker:
 
     def _request(self) -> api.LeaseRequest:
         policy, count = self._engine.policy_version, min(self.capacity - len(self._leases), MAX_ASKED)
+        free = self._evaluation is None
         return api.LeaseRequest(
-            worker=self.name, count=count, version=policy.version, step=policy.step, evaluate=self._evaluation is None
-        )
+            worker=self.name, count=count, version=policy.version, step=policy.step, evaluate=free,
+            # Not for long while evaluating: the next evaluation is only heard of by the request after this one.
+            wait_seconds=WAIT_SECONDS if free else 1,
+        )  # fmt: skip
 
     def _start(self, draw: api.LeasedDraw, tasks: asyncio.TaskGroup) -> None:
         key = (draw.draw, draw.attempt)

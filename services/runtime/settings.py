@@ -140,7 +140,7 @@ class RunConfig(LearnerSettings):
         if self.lookahead < every - 1:
             raise ValueError(
                 f"pacing.lookahead {self.lookahead} is below pacing.publish_every - 1 = {every - 1}: sampling would "
-                "wait for a policy that training cannot reach; raise lookahead and max_policy_age, or publish more often"
+                "wait for a policy that training cannot reach; raise lookahead (max_policy_age), or publish more often"
             )
         return self
 

@@ -14,8 +14,8 @@ from services.summary import overlap, print_report, summarise
 def step(number: int, **fields: Any) -> dict[str, Any]:
     return {
         "kind": "step", "time": 100.0 + number, "step": number, "tokens": 10, "policy_age_mean": 1.0,
-        "policy_age_max": 1, "outcomes": {"trained": 2, "stale": 0}, "mixed_version_responses": 1, "started": 100.0 + number,
-        "ended": 100.5 + number, **fields,
+        "policy_age_max": 1, "outcomes": {"trained": 2, "stale": 0}, "mixed_version_responses": 1,
+        "started": 100.0 + number, "ended": 100.5 + number, **fields,
     }  # fmt: skip
 
 
