@@ -144,7 +144,8 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
     learner = status["learner"]
     console.print(
         f"run {status['run']}: {status['state']}, step {learner['step']}/{status['steps']}, "
-        f"version {status['version']}, {status['accepted']} groups accepted, {status['groups_ready']} ready, {status['open_leases']} open leases",
+        f"version {status['version']}, {status['accepted']} groups accepted, {status['groups_ready']} ready, "
+        f"{status['open_leases']} open leases",
         highlight=False,
     )
     if learner["waiting_for"]:
