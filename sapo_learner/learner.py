@@ -97,18 +97,19 @@ class Learner:
 
     def __init__(self, policy: Policy, settings: LearnerSettings, *, temperature: float) -> None:
         """temperature: of the sampling distribution, applied to the logits before log-probs and entropy."""
-        self.policy, self.settings, self.temperature = policy, settings, temperature
-        self.objective = build(settings.objective.name, **settings.objective.options)
+        self.policy, self.temperature = policy, temperature
         self.step_count = 0
         self._device = policy.head_weight.device
-        options = settings.optimizer
-        self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
-            lr=options.learning_rate,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-        )
+        self.optimizer = torch.optim.AdamW(policy.model.parameters())
+        self.change_settings(settings)
+
+    def change_settings(self, settings: LearnerSettings) -> None:
+        """Use these from the next step on; the optimizer keeps its moments. Raises ConfigError, changing nothing."""
+        self.objective = build(settings.objective.name, **settings.objective.options)
+        self.settings, options = settings, settings.optimizer
+        for group in self.optimizer.param_groups:
+            group["betas"] = (options.beta1, options.beta2)
+            group["eps"], group["weight_decay"] = options.eps, options.weight_decay
 
     def step(self, batch: TrainingBatch) -> UpdateReport:
         """Apply one update; counts as a step whatever becomes of it."""

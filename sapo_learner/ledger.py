@@ -35,7 +35,10 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Entries per outcome, up to the learner's cursor. `uncounted`: those among them that did not count to a step."""
+    """Entries per outcome, up to the learner's cursor. `uncounted`: those among them that did not count to a step.
+
+    `control`: entries that are no groups (settings changed), which have no outcome.
+    """
 
     trained: int = 0
     degenerate: int = 0
@@ -44,6 +47,11 @@ class Ledger:
     refused: int = 0
     skipped: int = 0
     uncounted: int = 0
+    control: int = 0
+
+    def add_control(self, n: int) -> "Ledger":
+        """A ledger with `n` more entries that are no groups."""
+        return replace(self, control=self.control + n)
 
     def add(self, outcome: Outcome, n: int = 1, *, uncounted: int = 0) -> "Ledger":
         """A ledger with `n` more entries of `outcome`, `uncounted` of which did not count towards a step."""
@@ -55,8 +63,8 @@ class Ledger:
 
     @property
     def consumed(self) -> int:
-        """Entries that have an outcome; equals the cursor, since every entry gets exactly one."""
-        return sum(self[outcome] for outcome in Outcome)
+        """Entries accounted for; equals the cursor, since every group gets exactly one outcome."""
+        return sum(self[outcome] for outcome in Outcome) + self.control
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)

@@ -16,6 +16,7 @@ from sapo_learner.advantages import group_advantages
 from sapo_learner.archive import GENESIS, Entry
 from sapo_learner.batching import TrainingBatch, collate
 from sapo_learner.config import LearnerSettings
+from sapo_learner.control import GROUP, decode_settings
 from sapo_learner.errors import InvalidTrajectory
 from sapo_learner.learner import Learner, UpdateReport
 from sapo_learner.ledger import Ledger, Outcome
@@ -28,6 +29,9 @@ class Log(Protocol):
     def next(self, after: int, count: int) -> list[Entry] | None:
         """Exactly `count` entries after sequence `after`, waiting for them; None when asked to stop."""
 
+    def controls(self, after: int) -> list[Entry]:
+        """The entries right after `after` that are no groups, as far as they are there already; never waits."""
+
 
 @dataclass
 class Position:
@@ -37,10 +41,11 @@ class Position:
     chain: str = GENESIS
     ledger: Ledger = field(default_factory=Ledger)
 
-    def advance(self, last: Entry, outcomes: Mapping[Outcome, int]) -> None:
-        """Move behind `last`, having made `outcomes` of the entries up to there."""
+    def advance(self, last: Entry, outcomes: Mapping[Outcome, int], *, control: int = 0) -> None:
+        """Move behind `last`, having made `outcomes` of the groups up to there; `control` entries were none."""
         for outcome, count in outcomes.items():
             self.ledger = self.ledger.add(outcome, count)
+        self.ledger = self.ledger.add_control(control)
         self.cursor, self.chain = last.sequence, last.chain
 
 
@@ -62,14 +67,21 @@ class StepReport:
         return float(np.mean(rewards)) if rewards else 0.0
 
 
-def train(
-    learner: Learner, log: Log, position: Position, *, settings: LearnerSettings, decode: Decode
-) -> Iterator[StepReport]:
-    """Consume the log from `position` (advanced in place) until the run's last step, or until the log says stop."""
-    while learner.step_count < settings.training.steps:
-        entries = log.next(position.cursor, settings.training.groups_per_step)
+def train(learner: Learner, log: Log, position: Position, *, decode: Decode) -> Iterator[StepReport]:
+    """Consume the log from `position` (advanced in place) until the run's last step, or until the log says stop.
+
+    A `config` entry is no group: it changes the learner's settings from the step on whose groups follow or surround it.
+    """
+    while True:
+        _obey(learner, position, log.controls(position.cursor))  # they may prolong a run that was complete
+        settings = learner.settings
+        if learner.step_count >= settings.training.steps:
+            return
+        entries = _take(log, position.cursor, settings.training.groups_per_step)
         if entries is None:
             return
+        settings = _obey(learner, position, [entry for entry in entries if entry.kind != GROUP])
+        entries = [entry for entry in entries if entry.kind == GROUP]
         oldest_step = learner.step_count - settings.training.max_policy_age
         groups, stale, invalid = _read(entries, decode, oldest_step)
         advantages = [_advantages(group, settings) for group in groups]
@@ -89,6 +101,25 @@ def train(
             advantages=advantages,
             invalid=invalid,
         )
+
+
+def _take(log: Log, after: int, groups: int) -> list[Entry] | None:
+    """The next entries with so many groups among them; None when the log says stop."""
+    entries: list[Entry] = []
+    while missing := groups - sum(entry.kind == GROUP for entry in entries):
+        more = log.next(after + len(entries), missing)
+        if more is None:
+            return None
+        entries += more
+    return entries
+
+
+def _obey(learner: Learner, position: Position, controls: Sequence[Entry]) -> LearnerSettings:
+    """Apply control entries in order; returns the settings in force then."""
+    for entry in controls:
+        learner.change_settings(decode_settings(entry))
+        position.advance(entry, {}, control=1)
+    return learner.settings
 
 
 def _read(

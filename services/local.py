@@ -32,6 +32,7 @@ DEATHS, WITHIN_SECONDS = 3, 60.0
 HOPELESS = (ConfigError.exit_code, Unauthenticated.exit_code, Mismatch.exit_code)
 STOP_SECONDS = 20.0
 LAST_LINES = 12
+REQUESTED_CONFIG = "requested.yaml"  # the control plane makes it run.yaml once it has found it fit
 
 
 @dataclass
@@ -74,16 +75,16 @@ class LocalRun:
         self.children: dict[str, Child] = {}
         if self._redis:
             self.children["redis"] = Child("redis", [])
-        self._add("control-plane", [str(self.directory / "run.yaml"), "--listen", control], http=control)
+        self._add("control-plane", [str(self.directory / REQUESTED_CONFIG), "--listen", control], http=control)
         self._add("ingest", ["--listen", self._ingest_address])
         self._add("learner", [])
         for index in range(workers):
             self._add("rollout", ["--name", f"rollout-{index}"], name=f"rollout-{index}")
 
     def _write_config(self) -> None:
-        """The run's own copy of its configuration, with its directory made absolute for every process."""
+        """For the control plane: the configuration with the run's directory made absolute."""
         run = self.config.run.model_copy(update={"dir": str(self.directory)})
-        (self.directory / "run.yaml").write_text(dump_config(self.config.model_copy(update={"run": run})))
+        (self.directory / REQUESTED_CONFIG).write_text(dump_config(self.config.model_copy(update={"run": run})))
 
     def _add(self, service: str, options: list[str], *, name: str = "", http: str = "") -> None:
         address = http or self._reserve()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from sapo_learner.archive import Archive
+from sapo_learner.control import GROUP
 from sapo_learner.errors import ConfigError, NotFound
 from sapo_learner.ledger import Ledger, LedgerReport, audit, epoch_coverage
 from services.runstore import EmbeddedRedis, RunStore
@@ -86,11 +87,11 @@ async def audit_run(directory: Path) -> LedgerReport:
         draws, archived, last = [], 0, 0
         for entry in archive.entries():
             if entry.sequence <= state.sequence:
-                draws.append(entry.draw)
+                draws += [entry.draw] if entry.kind == GROUP else []
                 archived += entry.sequence > cursor
                 last = entry.sequence
         unread = [entry for entry in streamed if last < entry.sequence <= state.sequence]
-        draws += [entry.draw for entry in unread]
+        draws += [entry.draw for entry in unread if entry.kind == GROUP]
         open_draws = {lease.draw for lease in state.leases} | state.reoffered
         report = audit(
             ledger, cursor=cursor, accepted=state.sequence, archived=archived, streamed=len(unread), draws=draws,

@@ -1,15 +1,17 @@
 """The `sapo up` command: check, start, show, drain, report."""
 
 import asyncio
+import json
 import signal
 from pathlib import Path
 
 from rich.console import Console
 
-from sapo_learner.errors import ConfigError
+from sapo_learner.errors import ConfigError, Unavailable
 from services.local import LocalRun, set_aside
-from services.run_directory import audit_run, run_config
+from services.run_directory import audit_run, live_services, run_config
 from services.runstore import RunStore
+from services.runtime.changes import changes, check_changes
 from services.runtime.settings import Environment, RunConfig
 from services.summary import print_report, summarise, write_summary
 from services.view import View
@@ -45,38 +47,30 @@ async def up(config: RunConfig, console: Console, *, again: bool) -> int:
 
 
 async def _make_way(config: RunConfig, directory: Path, console: Console, *, again: bool) -> None:
-    """Go on with an unfinished run of the same configuration; anything else needs --again."""
+    """Go on with an unfinished run, listing what has changed; a complete or another run needs --again."""
     if not (directory / "run.yaml").exists():
         return
-    complete = (directory / "summary.json").exists()
-    changed = _changes(run_config(directory), config)
-    if not complete and not changed:
-        console.print(f"going on with the run in {directory}", highlight=False)
-    elif again:
-        console.print(f"the run that was in {directory} is now in {set_aside(directory)}", highlight=False)
-        if url := Environment().redis_url.get_secret_value():
-            async with await RunStore.connect(url, config.run.name) as store:
-                await store.erase()
+    summary = directory / "summary.json"
+    complete = summary.exists() and json.loads(summary.read_text())["steps"] >= config.training.steps
+    if again and (complete or changes(run_config(directory), config)):
+        await _set_aside(config, directory, console)
     elif complete:
         raise ConfigError(
             "this run is complete", where=str(directory),
-            fix="its summary.json says how it went; start anew with --again, or another one with --set run.name=...",
+            fix="its summary.json says how it went; raise training.steps to prolong it, or start anew with --again",
         )  # fmt: skip
     else:
-        raise ConfigError(
-            f"the run there was started with other settings: {', '.join(changed)}", where=str(directory),
-            fix="use the same settings to go on, or --again to set it aside and start anew",
-        )  # fmt: skip
+        changed = check_changes(directory, config)
+        console.print(f"going on with the run in {directory}", highlight=False)
+        for each in changed:
+            console.print(f"  changed from here on: {each}", highlight=False)
+        summary.unlink(missing_ok=True)
 
 
-def _changes(before: RunConfig, now: RunConfig) -> list[str]:
-    """Dotted names of the settings that differ, the run's directory aside."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key != "run.dir")
-
-
-def _flat(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+async def _set_aside(config: RunConfig, directory: Path, console: Console) -> None:
+    if live_services(directory):
+        raise Unavailable("another `sapo up` runs on this directory", where=str(directory), fix="stop it first")
+    console.print(f"the run that was in {directory} is now in {set_aside(directory)}", highlight=False)
+    if url := Environment().redis_url.get_secret_value():
+        async with await RunStore.connect(url, config.run.name) as store:
+            await store.erase()

@@ -9,12 +9,15 @@ RecordedLog([encode(each) for each in groups])                        what sapo_
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 
 from sapo_learner.archive import GENESIS, Entry, link
+from sapo_learner.config import LearnerSettings
+from sapo_learner.control import encode_settings
 from sapo_learner.policy import Policy
 from sapo_learner.trajectory import SamplingParameters, Trajectory, TrajectoryGroup, VersionSpan
 
@@ -127,19 +130,21 @@ def sampled_group(
     return group(responses, draw=draw, prompt_ids=prompt_ids, temperature=temperature)
 
 
-def entries(payloads: Sequence[bytes]) -> list[Entry]:
-    """The log that holds these payloads, from sequence 1 on, properly chained."""
-    chain, log = GENESIS, []
-    for sequence, payload in enumerate(payloads, start=1):
-        chain = link(chain, f"1-{sequence}", "group", hashlib.sha256(payload).hexdigest())
-        log.append(Entry(1, sequence, "group", sequence - 1, chain, payload))
+def entries(payloads: Sequence[bytes | LearnerSettings]) -> list[Entry]:
+    """The log that holds these payloads, from sequence 1 on, properly chained; settings become a `config` entry."""
+    chain, log, draw = GENESIS, [], 0
+    for sequence, content in enumerate(payloads, start=1):
+        kind, payload = ("group", content) if isinstance(content, bytes) else ("config", encode_settings(content))
+        chain = link(chain, f"1-{sequence}", kind, hashlib.sha256(payload).hexdigest())
+        log.append(Entry(1, sequence, kind, draw if kind == "group" else -1, chain, payload))
+        draw += kind == "group"
     return log
 
 
 class RecordedLog:
     """sapo_learner.train.Log over a list; says stop where it ends. `asked` is every (after, count) so far."""
 
-    def __init__(self, payloads: Sequence[bytes]) -> None:
+    def __init__(self, payloads: Sequence[bytes | LearnerSettings]) -> None:
         self.entries = entries(payloads)
         self.asked: list[tuple[int, int]] = []
 
@@ -147,3 +152,6 @@ class RecordedLog:
         self.asked.append((after, count))
         found = self.entries[after : after + count]
         return found if len(found) == count else None
+
+    def controls(self, after: int) -> list[Entry]:
+        return list(takewhile(lambda entry: entry.kind != "group", self.entries[after:]))

@@ -53,8 +53,9 @@ def ledger(learner: LearnerReport, state: RunState) -> dict[str, Any]:
     problems = []
     if consumed != learner.cursor:
         problems.append(f"outcomes sum to {consumed}, but the learner has consumed {learner.cursor} entries")
-    if state.next_draw - open_draws != state.sequence:
-        problems.append(f"{state.next_draw} draws less {open_draws} open ones are not the {state.sequence} accepted")
+    groups = state.sequence - state.uncounted
+    if state.next_draw - open_draws != groups:
+        problems.append(f"{state.next_draw} draws less {open_draws} open ones are not the {groups} accepted groups")
     if state.sequence < learner.cursor:
         problems.append(f"the log ends at {state.sequence}, behind the {learner.cursor} that the learner has consumed")
     return {

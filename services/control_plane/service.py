@@ -8,6 +8,7 @@ from pathlib import Path
 from services.control_plane.plane import ControlPlane
 from services.control_plane.routes import add_routes
 from services.runstore import RunStore
+from services.runtime.changes import check_changes
 from services.runtime.http import probe_app, refuse_taken, serving
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import ControlPlaneMetrics
@@ -22,6 +23,8 @@ async def serve(lifecycle: Lifecycle, config: RunConfig, environment: Environmen
     await asyncio.to_thread(refuse_taken, listen)  # before a running one is fenced off for nothing
     directory = config.run.directory
     directory.mkdir(parents=True, exist_ok=True)
+    for change in check_changes(directory, config):
+        log.info("changed from here on: %s", change)
     metrics = ControlPlaneMetrics()
     app = probe_app(lifecycle, metrics.registry)
     async with await RunStore.connect(environment.require("redis_url"), config.run.name) as store:

@@ -10,8 +10,10 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 
 from sapo_learner.archive import Archive, Entry
+from sapo_learner.control import GROUP
 from sapo_learner.errors import Corrupt
 from services.runstore import RunStore
 
@@ -25,6 +27,7 @@ RETRY_SECONDS = 2.0
 class Reader:
     def __init__(self, store: RunStore, archive: Archive, token: int) -> None:
         self._store, self._archive, self._token = store, archive, token
+        self._said = False  # that the disk is full
 
     async def mend(self) -> None:
         """Rebuild the log in Redis if it does not go on from the archive."""
@@ -34,31 +37,50 @@ class Reader:
         head = self._archive.head
         if head.sequence or "generation" not in reason:
             log.warning("rebuilding the log in Redis from entry %d of the archive: %s", head.sequence, reason)
-        draws = await asyncio.to_thread(lambda: [each.draw for each in self._archive.entries() if each.draw >= 0])
-        await self._store.rebuild(self._token, head, draws)
+        draws, controls = await asyncio.to_thread(self._contents)
+        await self._store.rebuild(self._token, head, draws, uncounted=controls)
+
+    async def count_controls(self) -> None:
+        """Tell pacing how many entries are no groups, and hence count towards no step."""
+        _, controls = await asyncio.to_thread(self._contents)
+        await self._store.set_uncounted(self._token, controls)
+
+    def _contents(self) -> tuple[list[int], int]:
+        """The draws in the archive, and the number of entries that are no groups."""
+        draws = [entry.draw for entry in self._archive.entries()]
+        groups = [draw for draw in draws if draw >= 0]
+        return groups, len(draws) - len(groups)
 
     async def run(self) -> None:
-        said = False
         while True:
-            entries = await self._store.read(self._archive.head.sequence, READ_COUNT, BLOCK_MS)
-            if not entries:
-                await self.mend()
-                continue
-            try:
-                for part in _frames(entries):
-                    await asyncio.to_thread(self._archive.append, part)
-                said = False
-            except Corrupt:
-                if await self._store.needs_rebuild(self._archive.head) is None:
-                    raise
-                await self.mend()
-            except OSError as error:
-                if not said:
-                    log.error("archive %s: %s; reading stops until there is room", self._archive.directory, error)
-                said = True
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            await self._store.trim(self._token, self._archive.head)
+            await self.read(BLOCK_MS)
+
+    async def catch_up(self, sequence: int) -> None:
+        """Read until the archive holds entry `sequence`."""
+        while self._archive.head.sequence < sequence:
+            await self.read(BLOCK_MS)
+
+    async def read(self, block_ms: int) -> None:
+        """Move what is there; waits up to `block_ms` for something."""
+        entries = await self._store.read(self._archive.head.sequence, READ_COUNT, block_ms)
+        if not entries:
+            await self.mend()
+            return
+        try:
+            for part in _frames(entries):
+                await asyncio.to_thread(self._archive.append, part)
+            self._said = False
+        except Corrupt:
+            if await self._store.needs_rebuild(self._archive.head) is None:
+                raise
+            await self.mend()
+        except OSError as error:
+            if not self._said:
+                log.error("archive %s: %s; reading stops until there is room", self._archive.directory, error)
+            self._said = True
+            await asyncio.sleep(RETRY_SECONDS)
+            return
+        await self._store.trim(self._token, self._archive.head)
 
 
 def _frames(entries: list[Entry]) -> Iterator[list[Entry]]:
@@ -96,6 +118,9 @@ class ArchiveLog:
         finally:
             self.waited_seconds += time.monotonic() - started
             self.waiting_for = ""
+
+    def controls(self, after: int) -> list[Entry]:
+        return list(takewhile(lambda entry: entry.kind != GROUP, self._archive.entries(after)))
 
     def stop(self) -> None:
         """Let `next` return None, now and from now on."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sapo_learner.archive import Archive
+from sapo_learner.control import CONFIG, encode_settings
 from sapo_learner.errors import NotFound
 from sapo_learner.ledger import Ledger
 from sapo_learner.policy import load_policy
@@ -71,11 +72,13 @@ class _Service:
         policy, warm_start = await self._base_policy()
         archive_directory = directory / "archive"
         token = await self._store.acquire_token("learner", floor=_newest_segment(archive_directory))
+        self._token = token
         with Archive(archive_directory, token) as archive:
             reader = Reader(self._store, archive, token)
             await reader.mend()
             self._session = session = TrainingSession(config, policy, archive, token)
             await asyncio.to_thread(session.restore)
+            await self._record_changes(reader)
             publisher = Publisher(
                 self._control, policy, dtype=config.policy.dtype, staging=directory / "staging", token=token,
                 metrics=self._metrics,
@@ -89,6 +92,16 @@ class _Service:
             await self._report("training", {"kind": "warm_start", **warm_start} if warm_start else None)
             self._lifecycle.ready()
             await self._train(reader, publisher)
+
+    async def _record_changes(self, reader: Reader) -> None:
+        """Put settings that differ from those in force into the log, as the entry from which they count."""
+        await reader.catch_up((await self._store.state()).sequence)
+        wanted = self._config.learner
+        if await asyncio.to_thread(self._session.settings_ahead) != wanted:
+            result = await self._store.append_control(self._token, CONFIG, encode_settings(wanted))
+            log.info("changed settings are entry %s of the log", result.id)
+            await reader.catch_up(result.sequence)
+        await reader.count_controls()
 
     async def _train(self, reader: Reader, publisher: Publisher) -> None:
         loop, session = asyncio.get_running_loop(), self._session
@@ -112,7 +125,7 @@ class _Service:
                 session.log.stop()
                 for task in background:
                     task.cancel()
-        finished = session.learner.step_count >= self._config.training.steps
+        finished = session.learner.step_count >= session.learner.settings.training.steps
         await self._report("finished" if finished else "stopped")
         log.info("%s at step %d", "finished" if finished else "stopped", session.learner.step_count)
 

@@ -15,6 +15,8 @@ import torch
 
 from sapo_learner import checkpoint
 from sapo_learner.archive import GENESIS, Archive
+from sapo_learner.config import LearnerSettings, parse
+from sapo_learner.control import last_settings, settings_of
 from sapo_learner.errors import NotFound
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
@@ -52,7 +54,7 @@ class TrainingSession:
     def __init__(self, config: RunConfig, policy: Policy, archive: Archive, token: int) -> None:
         self._config, self._archive, self._token = config, archive, token
         self._directory = config.run.directory / "checkpoints"
-        self.learner = Learner(policy, config, temperature=config.sampling.temperature)
+        self.learner = Learner(policy, config.learner, temperature=config.sampling.temperature)
         self.position = Position()
         self.log = ArchiveLog(archive)
         self.progress = Progress()
@@ -66,6 +68,7 @@ class TrainingSession:
             self.save()
             return
         state = loaded.state
+        self.learner.change_settings(parse(LearnerSettings, state.extra["settings"], where=str(loaded.found.path)))
         load_weights(self.learner.policy, state.model)
         self.learner.load_optimizer_tensors(state.optimizer)
         self.learner.step_count = state.step
@@ -90,6 +93,10 @@ class TrainingSession:
         entries = self._archive.read(cursor - 1, 1)
         return bool(entries) and entries[0].chain == chain
 
+    def settings_ahead(self) -> LearnerSettings:
+        """The settings that will be in force once everything archived is consumed."""
+        return last_settings(self._archive.entries(self.position.cursor), self.learner.settings)
+
     def save(self) -> None:
         """Checkpoint the state as it is now, unless it is saved already."""
         if self.saved_step == self.learner.step_count:
@@ -103,6 +110,7 @@ class TrainingSession:
             optimizer=self.learner.optimizer_tensors(),
             rng={"torch": torch.get_rng_state()},
             environment=_environment(),
+            extra={"settings": settings_of(self.learner.settings)},
         )
         saved = checkpoint.save(self._directory, state, token=self._token)
         checkpoint.prune(self._directory, self._config.checkpoint.keep, saved=saved)
@@ -110,10 +118,11 @@ class TrainingSession:
 
     def run(self, publish: Callable[[Snapshot], None], report: Callable[[StepNews], None]) -> None:
         """Train until the last step or until the log is stopped; then checkpoint."""
-        config, last = self._config, self._config.training.steps
+        config = self._config
         started, waited = time.time(), 0.0
-        for step in train(self.learner, self.log, self.position, settings=config, decode=decode):
+        for step in train(self.learner, self.log, self.position, decode=decode):
             ended, number = time.time(), step.update.step
+            last = self.learner.settings.training.steps
             for entry, reason in step.invalid.items():
                 log.error("entry %s is invalid: %s", entry, reason)
             if step.update.refusal:

@@ -123,6 +123,11 @@ class RunConfig(LearnerSettings):
     local: LocalSettings = LocalSettings()
 
     @property
+    def learner(self) -> LearnerSettings:
+        """The algorithm's part alone."""
+        return LearnerSettings.model_validate({name: getattr(self, name) for name in LearnerSettings.model_fields})
+
+    @property
     def lookahead(self) -> int:
         age = self.training.max_policy_age
         return min(2, age) if self.pacing.lookahead is None else self.pacing.lookahead

@@ -1,7 +1,7 @@
 """One run of the whole stack, started, interrupted, attacked and finished as a user would; many tests read it.
 
 1. `sapo up` until a few steps are done, then Ctrl-C             -> InterruptedRun
-2. the same command; kill -9 of every process in turn, then end  -> FinishedRun
+2. the same command with changed settings; kill -9 of every process in turn, then end  -> FinishedRun
 """
 
 import json
@@ -39,6 +39,8 @@ SETTINGS = {
     "policy.warm_start.clean_target": 0.5,
     "policy.warm_start.samples": 198,
 }
+
+CHANGED = {"optimizer.learning_rate": 8e-5, "checkpoint.every": 4}  # when the run is taken up again
 
 
 @dataclass
@@ -99,8 +101,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
     root = tmp_path_factory.mktemp("stack")
     stack = Stack(root / "run", environment={"SAPO_CACHE_DIR": str(root / "cache"), "SAPO_TOKEN": secrets.token_hex(8)})
     (root / "run.yaml").write_text("policy: {source: tiny}\n")
-    overrides = [f"--set={key}={value}" for key, value in {**SETTINGS, "run.dir": stack.directory}.items()]
-    command = [sys.executable, "-m", "services.cli", "up", str(root / "run.yaml"), *overrides]
+    command = [sys.executable, "-m", "services.cli", "up", str(root / "run.yaml")]
+    command += [f"--set={key}={value}" for key, value in {**SETTINGS, "run.dir": stack.directory}.items()]
 
     with running(stack, command) as process:
         wait_until(lambda: last_step(stack) >= 6, seconds=120, what="step 6", process=process)
@@ -108,7 +110,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
         end(stack, process)
     stack.interrupted_at = last_step(stack)
 
-    with running(stack, command) as process:
+    with running(stack, [*command, *(f"--set={key}={value}" for key, value in CHANGED.items())]) as process:
         attack(stack, process)
         end(stack, process, seconds=180)
     return stack

@@ -1,5 +1,6 @@
 """What must be true of a run that was interrupted once and lost every one of its processes to kill -9."""
 
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 
 from sapo_learner import checkpoint
 from sapo_learner.archive import Archive, Entry
+from sapo_learner.control import GROUP, decode_settings
 from sapo_learner.learner import Learner
 from sapo_learner.policy import load_policy
 from sapo_learner.snapshot import weights_digest
 from sapo_learner.train import Position, train
 from services.run_directory import run_config
 from services.wire import decode
-from tests.end_to_end.conftest import GROUP_SIZE, GROUPS_PER_STEP, MAX_POLICY_AGE, STEPS, Stack
+from tests.end_to_end.conftest import GROUP_SIZE, GROUPS_PER_STEP, MAX_POLICY_AGE, SETTINGS, STEPS, Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
@@ -21,6 +23,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 def test_ctrl_c_drains_and_exits_0_and_the_same_command_goes_on(stack: Stack) -> None:
     assert stack.exit_codes[0] == 0, stack.outputs[0]
     assert "the same command goes on from here" in stack.outputs[0]
+    assert "changed from here on: optimizer.learning_rate: 0.0001 -> 8e-05" in stack.outputs[1]
     assert stack.resumed_at == stack.interrupted_at + 1, "steps are taken up where Ctrl-C left them"
 
 
@@ -43,12 +46,21 @@ def test_I1_the_ledger_balances_when_stopped_and_while_it_runs(stack: Stack) -> 
     assert stack.summary["ledger_balanced"]
 
 
+def test_changed_settings_are_an_entry_of_the_log_and_count_from_there(stack: Stack) -> None:
+    (change,) = [entry for entry in Archive(stack.directory / "archive", None).entries() if entry.kind != GROUP]
+    assert decode_settings(change).optimizer.learning_rate == 8e-5
+    rates = {line["step"]: line["learning_rate"] for line in stack.lines("step")}
+    assert rates[stack.interrupted_at] == 1e-4
+    first = (change.sequence - 1) // GROUPS_PER_STEP + 1  # the step whose groups surround or follow the entry
+    assert [rates[first - 1], rates[first]] == [1e-4, 8e-5]
+
+
 def test_I2_every_draw_is_in_the_log_exactly_once(stack: Stack) -> None:
     entries = list(Archive(stack.directory / "archive", None).entries())
-    draws = [entry.draw for entry in entries]
+    draws = [entry.draw for entry in entries if entry.kind == GROUP]
     assert sorted(draws) == list(range(STEPS * GROUPS_PER_STEP))
     assert [entry.sequence for entry in entries] == list(range(1, len(entries) + 1))
-    for entry in entries[:: len(entries) // 50]:
+    for entry in [entry for entry in entries if entry.kind == GROUP][:: len(entries) // 50]:
         group = decode(entry.payload)
         assert group.draw == entry.draw
         assert len(group.trajectories) == GROUP_SIZE
@@ -63,19 +75,24 @@ class _Recorded:
     def next(self, after: int, count: int) -> list[Entry] | None:
         return self._archive.read(after, count)
 
+    def controls(self, after: int) -> list[Entry]:
+        return list(takewhile(lambda entry: entry.kind != GROUP, self._archive.entries(after)))
+
 
 def test_I3_the_same_log_gives_the_same_weights_without_any_service(stack: Stack) -> None:
     """Replay the archive from the base policy, in this process, uninterrupted: bit for bit what the run ended with."""
     config = run_config(stack.directory)
     base = next((Path(stack.environment["SAPO_CACHE_DIR"]) / "warm-start").iterdir())
+    rate = SETTINGS["optimizer.learning_rate"]
+    begun_with = config.learner.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"learning_rate": rate})}
+    )
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(config.training.threads)
     torch.use_deterministic_algorithms(True)
     try:
-        learner = Learner(load_policy(base), config, temperature=config.sampling.temperature)
-        reports = list(
-            train(learner, _Recorded(stack.directory / "archive"), Position(), settings=config, decode=decode)
-        )
+        learner = Learner(load_policy(base), begun_with, temperature=config.sampling.temperature)
+        reports = list(train(learner, _Recorded(stack.directory / "archive"), Position(), decode=decode))
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)

@@ -69,6 +69,7 @@ def test_i1_a_run_in_order_balances():
         "refused": 0,
         "skipped": 0,
         "uncounted": 0,
+        "control": 0,
         "backlog": 3,
         "open": 3,
         "balanced": True,

@@ -1,6 +1,7 @@
 """The loop over the log: every entry gets one outcome (I1), and the same log gives the same weights (I3)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from sapo_learner import checkpoint
 from sapo_learner.archive import GENESIS
 from sapo_learner.checkpoint import CheckpointState
-from sapo_learner.config import LearnerSettings
+from sapo_learner.config import LearnerSettings, ObjectiveSettings
+from sapo_learner.errors import Corrupt
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
 from sapo_learner.policy import load_weights, tiny_policy
@@ -54,7 +56,7 @@ class Run:
     def steps(self, log: RecordedLog, count: int | None = None) -> list[StepReport]:
         """Train on, for `count` more steps or as long as there is something."""
         reports = []
-        for report in train(self.learner, log, self.position, settings=self.settings, decode=decode):
+        for report in train(self.learner, log, self.position, decode=decode):
             reports.append(report)
             if len(reports) == count:
                 break
@@ -119,7 +121,7 @@ def test_a_finished_run_reads_nothing():
 
 def test_the_position_is_moved_before_the_report_comes():
     log, run = RecordedLog(payloads()), Run(settings_of())
-    for report in train(run.learner, log, run.position, settings=run.settings, decode=decode):
+    for report in train(run.learner, log, run.position, decode=decode):
         assert (run.position.cursor, run.position.ledger.consumed) == (report.cursor, report.cursor)
         assert run.position.chain == log.entries[report.cursor - 1].chain
 
@@ -242,3 +244,43 @@ def test_another_objective_reads_the_same_log_to_other_weights():
         run.steps(RecordedLog(payloads()))
     assert len({run.digest()[0] for run in runs.values()}) == 3
     assert all(run.position == runs["sapo"].position for run in runs.values())
+
+
+def test_a_config_entry_changes_the_settings_of_the_step_it_lies_in_and_of_all_after(tmp_path):
+    """The same wherever training was stopped meanwhile: a replay obeys it at the same place."""
+    changed = settings_of().model_copy(update={"objective": ObjectiveSettings(name="grpo", clip_low=0.1)})
+    groups = payloads()
+    at = 2 * GROUPS + 1  # among the groups of the third step
+    log = RecordedLog([*groups[:at], changed, *groups[at:]])
+    whole = Run(settings_of())
+    steps = train(whole.learner, log, whole.position, decode=decode)
+    names = [whole.learner.settings.objective.name for _ in steps]
+    assert names == ["sapo"] * 2 + ["grpo"] * (STEPS - 2)
+    assert whole.position.cursor == len(log.entries)
+    assert whole.position.ledger.control == 1
+    assert whole.position.ledger.consumed == whole.position.cursor
+    unchanged = Run(settings_of())
+    unchanged.steps(RecordedLog(groups))
+    assert whole.digest() != unchanged.digest()
+    for stop in (1, 2, 3):
+        first = Run(settings_of())
+        first.steps(log, stop)
+        second = Run(first.learner.settings, seed=9)
+        second.load(first.save(tmp_path / str(stop)))
+        second.steps(log)
+        assert second.digest() == whole.digest(), f"stopped after step {stop}"
+
+
+def test_a_config_entry_prolongs_a_run_that_was_complete():
+    longer = settings_of(steps=STEPS + 1)
+    groups = payloads((STEPS + 1) * GROUPS)
+    log = RecordedLog([*groups[: STEPS * GROUPS], longer, *groups[STEPS * GROUPS :]])
+    run = Run(settings_of())
+    assert len(run.steps(log)) == STEPS + 1
+
+
+def test_an_entry_of_an_unknown_kind_stops_training_with_its_name():
+    log = RecordedLog(payloads())
+    log.entries[1] = replace(log.entries[1], kind="riddle")
+    with pytest.raises(Corrupt, match="entry 1-2 is of kind 'riddle'"):
+        Run(settings_of()).steps(log)

@@ -72,7 +72,7 @@ async def test_the_ledger_balances_while_the_sums_are_right_and_says_which_is_no
 
 
 def counts_of(**counts: int) -> dict[str, int]:
-    names = ("trained", "degenerate", "stale", "invalid", "refused", "skipped", "uncounted")
+    names = ("trained", "degenerate", "stale", "invalid", "refused", "skipped", "uncounted", "control")
     return dict.fromkeys(names, 0) | counts
 
 
