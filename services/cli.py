@@ -13,25 +13,20 @@ import typer
 from rich.console import Console
 
 from sapo_learner.errors import ConfigError, NotFound, SapoError
-from services.runtime import lifecycle
 from services.runtime.client import ControlPlaneClient
-from services.runtime.logging import configure
 from services.runtime.settings import Environment, RunConfig, dump_config, load_config
+from services.serve import ConfigFile, Set
+from services.serve import app as serve_app
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
     help="Asynchronous RL post-training with SAPO. Start with `sapo up deploy/examples/demo.yaml`.",
 )  # fmt: skip
-serve_app = typer.Typer(no_args_is_help=True, help="Run one service, as in a deployment.")
 app.add_typer(serve_app, name="serve")
 console = Console()
 
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")]
-ConfigFile = Annotated[Path, typer.Argument(metavar="RUN_YAML", help="The run's configuration.")]
-HttpListen = Annotated[str, typer.Option(metavar="HOST:PORT", help="Probes and metrics.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or a control plane's URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ANY_PORT = "127.0.0.1:0"
 
 
 @app.command()
@@ -41,20 +36,27 @@ def up(
     again: Annotated[
         bool, typer.Option("--again", help="If the run is complete or was another one, set it aside and start anew.")
     ] = False,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", metavar="POLICY", help="Begin a new run with RUN, RUN@STEP or a model directory."),
+    ] = None,
 ) -> None:
     """Run everything on this machine: Redis, control plane, ingest, learner and rollout workers.
 
-    Ctrl-C drains and stops; the same command goes on where it stopped.
+    Ctrl-C drains and stops; the same command goes on where it stopped, also with changed settings: those that may
+    change in mid-run count from the next step, the others are refused with a list.
 
     Examples:
 
         sapo up deploy/examples/demo.yaml
 
         sapo up deploy/examples/demo.yaml --set run.seed=1 --set run.name=demo-1
+
+        sapo up deploy/examples/demo.yaml --set run.name=second --from runs/demo@150
     """
     from services.up import up as run_up
 
-    raise typer.Exit(asyncio.run(run_up(load_config(config, overrides), console, again=again)))
+    raise typer.Exit(asyncio.run(run_up(load_config(config, overrides), console, again=again, start_from=start_from)))
 
 
 @app.command("config")
@@ -207,79 +209,11 @@ def sample(
             typer.echo(f"{prompt}{response['text']}   ({response['logprob']:.3f} nats, {response['finish_reason']})")
 
 
-@serve_app.command("control-plane")
-def serve_control_plane(
-    config: ConfigFile,
-    overrides: Set = [],  # noqa: B006
-    listen: Annotated[str, typer.Option(metavar="HOST:PORT")] = "127.0.0.1:8080",
-) -> None:
-    """The service that owns the run. Needs SAPO_REDIS_URL and SAPO_TOKEN.
-
-    Example:
-
-        sapo serve control-plane run.yaml --listen 0.0.0.0:8080
-    """
-    from services.control_plane.service import serve
-
-    resolved = load_config(config, overrides)
-    _serve("control-plane", lambda life: serve(life, resolved, Environment(), listen=listen))
-
-
-@serve_app.command("ingest")
-def serve_ingest(
-    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="gRPC.")] = "127.0.0.1:8081",
-    http_listen: HttpListen = ANY_PORT,
-) -> None:
-    """The gRPC door of the log. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN.
-
-    Example:
-
-        sapo serve ingest --listen 0.0.0.0:8081 --http-listen 0.0.0.0:9101
-    """
-    from services.ingest.service import serve
-
-    _serve("ingest", lambda life: serve(life, Environment(), listen=listen, http_listen=http_listen))
-
-
-@serve_app.command("learner")
-def serve_learner(http_listen: HttpListen = ANY_PORT) -> None:
-    """Trains. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN. Exits with 0 after the run's last step.
-
-    Example:
-
-        sapo serve learner --http-listen 0.0.0.0:9102
-    """
-    from services.learner.service import serve
-
-    _serve("learner", lambda life: serve(life, Environment(), http_listen=http_listen))
-
-
-@serve_app.command("rollout")
-def serve_rollout(
-    name: Annotated[str, typer.Option(help="Unique among the run's workers.")] = "rollout-0",
-    http_listen: HttpListen = ANY_PORT,
-) -> None:
-    """Samples. Needs SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS and SAPO_TOKEN. Join and leave at any time.
-
-    Example:
-
-        sapo serve rollout --name rollout-7
-    """
-    from services.rollout.service import serve
-
-    _serve(name, lambda life: serve(life, Environment(), name=name, http_listen=http_listen))
-
-
 def check_objective(config: RunConfig) -> None:
     """Build the objective, so that a wrong option is said before anything starts."""
     from sapo_learner.objectives import build
 
     build(config.objective.name, **config.objective.options)
-
-
-def _serve(name: str, service: Callable[[lifecycle.Lifecycle], Awaitable[None]]) -> None:
-    configure(name)
-    raise typer.Exit(lifecycle.run(service))
 
 
 async def _ask(run: str, question: Callable[[ControlPlaneClient], Awaitable[dict[str, Any]]]) -> dict[str, Any]:

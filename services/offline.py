@@ -17,7 +17,7 @@ MAX_TOKENS = 1024
 
 async def evaluate(name: str, *, samples: int, temperature: float, task_name: str, seed: int) -> dict[str, Any]:
     """Held-out pass@1: the mean over at least `samples` responses, equally many per problem."""
-    policy, config = load_any_policy(name)
+    policy, config = await load_any_policy(name)
     task = build(config.task if config else TaskSettings(name=task_name))
     problems = task.problems("held_out")
     repeats = math.ceil(samples / len(problems))
@@ -40,7 +40,7 @@ async def sample(
     name: str, prompt: str, *, count: int, temperature: float, max_tokens: int, seed: int
 ) -> list[dict[str, Any]]:
     """Responses with their tokens and log-probs."""
-    policy, _ = load_any_policy(name)
+    policy, _ = await load_any_policy(name)
     responses = await _sample(policy, [prompt] * count, temperature=temperature, max_tokens=max_tokens, seed=seed)
     return [
         {

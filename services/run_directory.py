@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +14,10 @@ import psutil
 
 from sapo_learner.archive import Archive
 from sapo_learner.control import GROUP
-from sapo_learner.errors import ConfigError, NotFound
+from sapo_learner.errors import NotFound
 from sapo_learner.ledger import Ledger, LedgerReport, audit, epoch_coverage
 from services.runstore import EmbeddedRedis, RunStore
+from services.runtime.client import ControlPlaneClient
 from services.runtime.settings import Environment, RunConfig, load_config
 from services.tasks import build
 
@@ -102,22 +106,51 @@ async def audit_run(directory: Path) -> LedgerReport:
         return report
 
 
-def load_any_policy(name: str) -> tuple["Policy", RunConfig | None]:
-    """POLICY: a run directory (newest checkpoint), RUN@STEP, or a model directory. With the run's configuration."""
+async def load_any_policy(name: str) -> tuple["Policy", RunConfig | None]:
+    """POLICY: a run (its newest policy), RUN@STEP, or a model directory. With the run's configuration.
+
+    Of a directory, checkpoints are read; of a control plane's URL, published snapshots.
+    """
+    where, _, step = name.rpartition("@") if re.search(r"@\d*$", name) else (name, "", "")
+    if where.startswith(("http://", "https://")):
+        return await _published_policy(where, int(step) if step else None)
+    return _policy_on_disk(name, Path(where), step)
+
+
+async def _published_policy(url: str, step: int | None) -> tuple["Policy", RunConfig]:
+    from sapo_learner.policy import load_policy, load_weights
+    from sapo_learner.snapshot import read_snapshot
+
+    async with ControlPlaneClient(url, Environment().require("token"), patience=5) as control:
+        config = await control.config()
+        version = None
+        if step is not None:
+            versions = await control.versions()
+            version = next((number for number, of_step in sorted(versions.items()) if of_step == step), None)
+            if version is None:
+                kept = ", ".join(str(each) for each in sorted(versions.values()))
+                raise NotFound(f"no published policy of step {step}", where=url, fix=f"kept are steps {kept}")
+        manifest = await control.manifest(version)
+        with tempfile.TemporaryDirectory(prefix="sapo-policy-") as scratch:
+            paths = {blob.sha256: await control.download(blob, Path(scratch)) for blob in manifest.blobs()}
+            for file_name, blob in manifest.files.items():
+                shutil.copyfile(paths[blob.sha256], Path(scratch) / file_name)
+            policy = load_policy(Path(scratch), weights=False)
+            load_weights(policy, read_snapshot(manifest, paths.__getitem__))
+    return policy, config
+
+
+def _policy_on_disk(name: str, directory: Path, step: str) -> tuple["Policy", RunConfig | None]:
     from sapo_learner import checkpoint
     from sapo_learner.policy import load_policy, load_weights
 
-    where, _, step = name.partition("@")
-    directory = Path(where)
     if (directory / "config.json").is_file():
         return load_policy(directory), None
     if not (directory / "checkpoints").is_dir():
         raise NotFound(
             "neither a run directory with checkpoints nor a model directory", where=name,
-            fix="give runs/NAME, runs/NAME@STEP or a Hugging Face model directory",
+            fix="give runs/NAME, runs/NAME@STEP, a control plane's URL or a Hugging Face model directory",
         )  # fmt: skip
-    if step and not step.isdigit():
-        raise ConfigError(f"{step!r} is not a step number", where=name, fix="for example runs/demo@100")
     state = checkpoint.load_newest(directory / "checkpoints", int(step) if step else None).state
     policy = load_policy(directory / "model", weights=False)
     load_weights(policy, state.model)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sapo_learner.errors import ConfigError, Unavailable
 from services.local import LocalRun, set_aside
-from services.run_directory import audit_run, live_services, run_config
+from services.run_directory import audit_run, live_services, load_any_policy, run_config
 from services.runstore import RunStore
 from services.runtime.changes import changes, check_changes
 from services.runtime.settings import Environment, RunConfig
@@ -17,12 +17,17 @@ from services.summary import print_report, summarise, write_summary
 from services.view import View
 
 
-async def up(config: RunConfig, console: Console, *, again: bool) -> int:
-    """Run to the end or until Ctrl-C; returns the exit code. Raises SapoError for what cannot be run."""
+async def up(config: RunConfig, console: Console, *, again: bool, start_from: str | None = None) -> int:
+    """Run to the end or until Ctrl-C; returns the exit code. Raises SapoError for what cannot be run.
+
+    start_from: POLICY that a new run begins with, instead of policy.source.
+    """
     from sapo_learner.objectives import build
 
     build(config.objective.name, **config.objective.options)
     directory = config.run.directory
+    if start_from:
+        config = await _begin_with(start_from, config)
     await _make_way(config, directory, console, again=again)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -44,6 +49,19 @@ async def up(config: RunConfig, console: Console, *, again: bool) -> int:
     summary = summarise(directory, seed=config.run.seed, ledger_balanced=report.balanced)
     print_report(console, summary, write_summary(directory, summary))
     return 0 if report.balanced else 1
+
+
+async def _begin_with(name: str, config: RunConfig) -> RunConfig:
+    """Keep a copy of the policy beside the run's directory (named by its weights) and let it be the run's source."""
+    from sapo_learner.policy import write_policy
+    from sapo_learner.snapshot import weights_digest
+
+    policy, _ = await load_any_policy(name)
+    directory = config.run.directory.resolve()
+    source = directory.with_name(f"{directory.name}-from-{weights_digest(policy.tensors())[:12]}")
+    if not source.exists():
+        write_policy(policy, source)
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"source": str(source)})})
 
 
 async def _make_way(config: RunConfig, directory: Path, console: Console, *, again: bool) -> None:

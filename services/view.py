@@ -139,6 +139,10 @@ def _tokens_per_second(status: dict[str, Any]) -> float:
     return float(sum(each["tokens_per_second"] for each in status.get("workers", [])))
 
 
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 def print_status(console: Console, status: dict[str, Any]) -> None:
     """`sapo status` for a person."""
     learner = status["learner"]
@@ -148,6 +152,10 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
         f"{status['open_leases']} open leases",
         highlight=False,
     )
+    console.print(f"control plane up since {_clock(status['since'])}", highlight=False)
+    for each in status["slowest_draws"]:
+        text = f"draw {each['draw']} (attempt {each['attempt']}) has been with {each['worker']}"
+        console.print(f"{text} for {each['age_seconds']:.1f} s", highlight=False)
     if learner["waiting_for"]:
         console.print(f"learner waits for {learner['waiting_for']}", highlight=False)
     for each in status["evaluations"][-3:]:

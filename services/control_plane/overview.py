@@ -1,6 +1,7 @@
 """What people and scripts ask: the run's status, and its ledger as far as it can be told without the archive."""
 
 import json
+import time
 from typing import Any
 
 from sapo_learner.ledger import Ledger
@@ -11,6 +12,7 @@ from services.runtime.api import LearnerReport
 from services.runtime.settings import RunConfig
 
 EVALUATIONS_SHOWN = 50
+SLOWEST_SHOWN = 3
 
 
 def status(
@@ -42,7 +44,11 @@ def status(
         "groups_ready": max(0, state.sequence - learner.cursor),  # Redis may have just been lost
         "open_leases": len(state.leases),
         "reoffered": len(state.reoffered),
-        "oldest_lease_seconds": state.oldest_lease_seconds,
+        "since": (record.last("session") or {"time": time.time()})["time"],
+        "slowest_draws": [
+            {"draw": each.draw, "attempt": each.attempt, "worker": each.worker, "age_seconds": each.age_seconds}
+            for each in sorted(state.leases, key=lambda lease: -lease.age_seconds)[:SLOWEST_SHOWN]
+        ],
     }
 
 

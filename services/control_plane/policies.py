@@ -87,6 +87,10 @@ class Policies:
         policy = await self._store.manifest(version)
         return _numbered(Manifest.from_json(policy.manifest_json), version)
 
+    async def versions(self) -> dict[int, int]:
+        """Kept version -> optimizer step."""
+        return await self._store.versions()
+
     async def current(self) -> Manifest:
         """Raises NotFound while nothing is published."""
         policy = await self._store.current()

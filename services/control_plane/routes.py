@@ -70,6 +70,10 @@ def _snapshots(router: APIRouter, plane: ControlPlane) -> None:
     async def publish(body: api.PublishRequest) -> api.PublishResponse:
         return await plane.publish(body)
 
+    @router.get("/policies")
+    async def versions() -> dict[int, int]:
+        return await plane.policies.versions()
+
     @router.get("/policies/current")
     async def current() -> dict[str, Any]:
         return (await plane.policies.current()).model_dump(mode="json")

@@ -73,6 +73,10 @@ class ControlPlaneClient:
         path = "/v1/policies/current" if version is None else f"/v1/policies/{version}"
         return Manifest.model_validate(await self._json("GET", path))
 
+    async def versions(self) -> dict[int, int]:
+        """Kept policy version -> optimizer step."""
+        return {int(version): step for version, step in (await self._json("GET", "/v1/policies")).items()}
+
     async def upload(self, path: Path, blob: Blob) -> None:
         """PUT a file under its digest, unless it is there already."""
         if (await self._request("HEAD", f"/v1/blobs/{blob.sha256}", accept=(404,))).status_code == 200:

@@ -56,6 +56,7 @@ class Stack:
     resumed_at: int = 0
     live_ledgers: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
+    by_url: subprocess.CompletedProcess[str] | None = None  # `sapo eval URL` while the run went on
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -168,6 +169,8 @@ def attack(stack: Stack, process: subprocess.Popen[str]) -> None:
                    process=process)  # fmt: skip
         if name == "ingest":
             look_in(stack)
+            services = stack.services()
+            stack.by_url = stack.sapo("eval", services["control_plane_url"], "--samples", "198", "--json")
         os.kill(stack.services()["processes"][name]["pid"], signal.SIGKILL)
         stack.killed.append(name)
     wait_until(

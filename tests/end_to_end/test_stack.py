@@ -166,6 +166,12 @@ def test_eval_and_sample_read_the_run(stack: Stack) -> None:
     assert result.stdout.startswith("7+5-3=")
 
 
+def test_eval_reads_the_newest_published_policy_by_url(stack: Stack) -> None:
+    assert stack.by_url is not None
+    assert stack.by_url.returncode == 0, stack.by_url.stderr
+    assert '"pass_at_1"' in stack.by_url.stdout
+
+
 def test_a_complete_run_is_not_started_again_by_accident(stack: Stack) -> None:
     result = stack.sapo("up", str(stack.directory / "run.yaml"))
     assert result.returncode == 2

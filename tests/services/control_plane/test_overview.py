@@ -22,7 +22,7 @@ from tests.small_run import (
 
 STATUS_FIELDS = {
     "run", "state", "steps", "learner", "last_step", "evaluations", "evaluating", "workers", "version",
-    "published_step", "accepted", "unread", "groups_ready", "open_leases", "reoffered", "oldest_lease_seconds",
+    "published_step", "accepted", "unread", "groups_ready", "open_leases", "reoffered", "slowest_draws", "since",
 }  # fmt: skip
 
 
@@ -48,7 +48,8 @@ async def test_status_says_what_is_accepted_leased_ready_and_who_works(running: 
     status = await running.client.status()
     assert (status["state"], status["learner"]["step"], status["version"]) == ("training", 1, 0)
     assert (status["accepted"], status["unread"], status["groups_ready"], status["open_leases"]) == (2, 2, 1, 1)
-    assert status["oldest_lease_seconds"] >= 0
+    assert all(each["age_seconds"] >= 0 for each in status["slowest_draws"])
+    assert status["since"] > 0
     (worker,) = status["workers"]
     assert (worker["worker"], worker["tokens"], worker["waiting_for"]) == ("a", 12, "lookahead")
     assert 0 <= worker["age_seconds"] < 5

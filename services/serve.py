@@ -1,0 +1,86 @@
+"""`sapo serve NAME`: one service, as in a deployment. Addresses and the token come from the environment."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.runtime import lifecycle
+from services.runtime.logging import configure
+from services.runtime.settings import Environment, load_config
+
+app = typer.Typer(no_args_is_help=True, help="Run one service, as in a deployment.")
+
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="RUN_YAML", help="The run's configuration.")]
+HttpListen = Annotated[str, typer.Option(metavar="HOST:PORT", help="Probes and metrics.")]
+ANY_PORT = "127.0.0.1:0"
+
+
+@app.command("control-plane")
+def serve_control_plane(
+    config: ConfigFile,
+    overrides: Set = [],  # noqa: B006
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT")] = "127.0.0.1:8080",
+) -> None:
+    """The service that owns the run. Needs SAPO_REDIS_URL and SAPO_TOKEN.
+
+    Example:
+
+        sapo serve control-plane run.yaml --listen 0.0.0.0:8080
+    """
+    from services.control_plane.service import serve
+
+    resolved = load_config(config, overrides)
+    _serve("control-plane", lambda life: serve(life, resolved, Environment(), listen=listen))
+
+
+@app.command("ingest")
+def serve_ingest(
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="gRPC.")] = "127.0.0.1:8081",
+    http_listen: HttpListen = ANY_PORT,
+) -> None:
+    """The gRPC door of the log. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN.
+
+    Example:
+
+        sapo serve ingest --listen 0.0.0.0:8081 --http-listen 0.0.0.0:9101
+    """
+    from services.ingest.service import serve
+
+    _serve("ingest", lambda life: serve(life, Environment(), listen=listen, http_listen=http_listen))
+
+
+@app.command("learner")
+def serve_learner(http_listen: HttpListen = ANY_PORT) -> None:
+    """Trains. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN. Exits with 0 after the run's last step.
+
+    Example:
+
+        sapo serve learner --http-listen 0.0.0.0:9102
+    """
+    from services.learner.service import serve
+
+    _serve("learner", lambda life: serve(life, Environment(), http_listen=http_listen))
+
+
+@app.command("rollout")
+def serve_rollout(
+    name: Annotated[str, typer.Option(help="Unique among the run's workers.")] = "rollout-0",
+    http_listen: HttpListen = ANY_PORT,
+) -> None:
+    """Samples. Needs SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS and SAPO_TOKEN. Join and leave at any time.
+
+    Example:
+
+        sapo serve rollout --name rollout-7
+    """
+    from services.rollout.service import serve
+
+    _serve(name, lambda life: serve(life, Environment(), name=name, http_listen=http_listen))
+
+
+def _serve(name: str, service: Callable[[lifecycle.Lifecycle], Awaitable[None]]) -> None:
+    configure(name)
+    raise typer.Exit(lifecycle.run(service))
