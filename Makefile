@@ -15,7 +15,7 @@ install: $(VENV)/.stamp  ## make .venv with everything in it (torch first)
 $(VENV)/.stamp: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11, or name another with 'make PYTHON=python3 ...'"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	# Alone and first: asked for by another package, torch would resolve to its newest CUDA build.
+	@# Alone and first: asked for by another package, torch would resolve to its newest CUDA build.
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@

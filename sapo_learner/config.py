@@ -40,10 +40,19 @@ class AdvantageSettings(Settings):
 
 
 class AggregationSettings(Settings):
-    mode: Literal["sequence_mean", "token_mean"] = "sequence_mean"
-    """sequence_mean: mean over tokens, then over responses (the SAPO paper). token_mean: mean over all tokens."""
+    mode: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    """sequence_mean: mean over tokens, then over responses (the SAPO paper). token_mean: mean over all tokens.
+    constant: sum over tokens divided by `length`, then mean over responses (Dr. GRPO)."""
+    length: int | None = Field(default=None, ge=1)
+    """The constant of mode: constant, in tokens."""
     normalise_by: Literal["step", "signal"] = "step"
     """Whether groups without reward spread count in the denominators (step) or not (signal)."""
+
+    @model_validator(mode="after")
+    def _length_belongs_to_constant(self) -> "AggregationSettings":
+        if (self.mode == "constant") != (self.length is not None):
+            raise ValueError("aggregation.length and aggregation.mode: constant belong together")
+        return self
 
 
 class OptimizerSettings(Settings):
@@ -159,6 +168,8 @@ def _sentence(model: type[BaseModel], data: Mapping[str, Any], error: Mapping[st
         return f"unknown key {dotted!r}, {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
     if error["type"] == "missing":
         return f"{dotted!r} is required"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{dotted!r}: is a section with keys of its own, got {error['input']!r}"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = "" if error["type"] == "value_error" else f", got {error['input']!r}"
     return f"{dotted!r}: {message}{given}"

@@ -162,7 +162,8 @@ class Learner:
         """Forward and backward of one microbatch; returns its share of the step's loss."""
         tokens = self.tokens(microbatch)
         surrogate = self.objective(tokens)
-        weights = token_weights(tokens, self.settings.aggregation.mode, counts)
+        aggregation = self.settings.aggregation
+        weights = token_weights(tokens, aggregation.mode, counts, length=aggregation.length)
         loss = (weights * surrogate.loss).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         sums.add(tokens, surrogate.diagnostics)

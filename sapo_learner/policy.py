@@ -36,6 +36,12 @@ class Policy:
         return int(self.head_weight.shape[0])
 
     @property
+    def context(self) -> int | None:
+        """Most positions the model was made for; None when its configuration states none."""
+        positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return positions
+
+    @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a response."""
         configured = self.model.generation_config.eos_token_id

@@ -88,6 +88,7 @@ class Trajectory:
         _require(total == count, f"version spans cover {total} tokens of {count}")
         _require(len(self.rewards) > 0, "a response has no reward")
         _require(all(np.isfinite(value) for value in self.rewards.values()), "a reward is not finite")
+        _require(bool(np.isfinite(self.reward)), "the sum of the reward components is not finite")
         _require(self.finish_reason in ("stop", "length"), f"finish reason {self.finish_reason!r} is unknown")
 
     @property

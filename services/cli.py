@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sapo_learner.errors import ConfigError, NotFound, SapoError
 from services.runtime.client import ControlPlaneClient
-from services.runtime.settings import Environment, RunConfig, dump_config, load_config
+from services.runtime.settings import Environment, dump_yaml, load_config
 from services.serve import ConfigFile, Set
 from services.serve import app as serve_app
 
@@ -80,9 +80,9 @@ def show_config(
 
         typer.echo("\n".join(explain_key(explain)))
         return
-    resolved = load_config(config, overrides)
-    check_objective(resolved)
-    typer.echo(dump_config(resolved), nl=False)
+    from services.preflight import check
+
+    typer.echo(dump_yaml(check(load_config(config, overrides))), nl=False)
 
 
 @app.command()
@@ -95,9 +95,14 @@ def status(run: Run, as_json: AsJson = False) -> None:
 
         SAPO_TOKEN=... sapo status http://control-plane:8080 --json
     """
+    from services.run_directory import live_services, stopped_status
     from services.view import print_status
 
-    answer = asyncio.run(_ask(run, lambda control: control.status()))
+    directory = Path(run)
+    if (directory / "run.yaml").is_file() and live_services(directory) is None:
+        answer = stopped_status(directory)
+    else:
+        answer = asyncio.run(_ask(run, lambda control: control.status()))
     typer.echo(json.dumps(answer)) if as_json else print_status(console, answer)
 
 
@@ -145,17 +150,24 @@ def health(
     typer.echo(asyncio.run(check(address, timeout)))
 
 
-Policy = Annotated[str, typer.Argument(metavar="POLICY", help="RUN, RUN@STEP or a model directory.")]
-Task = Annotated[str, typer.Option(help="Task, for a policy that is not a run's.")]
-Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+Policy = Annotated[
+    str, typer.Argument(metavar="POLICY", help="RUN, RUN@STEP (a kept checkpoint) or a model directory.")
+]
+RunYaml = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="RUN_YAML", help="Task and token limit, for a policy that is not a run's."),
+]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the most likely token.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
 
 
 @app.command("eval")
 def evaluate(
     policy: Policy,
-    samples: Annotated[int, typer.Option(help="Responses, at least; every problem gets equally many.")] = 2000,
-    temperature: float = 1.0,
-    task: Task = "arithmetic",
+    samples: Annotated[int, typer.Option(min=1, help="At least so many responses, equally many per problem.")] = 2000,
+    temperature: Temperature = 1.0,
+    config: RunYaml = None,
+    overrides: Set = [],  # noqa: B006
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -165,11 +177,14 @@ def evaluate(
 
         sapo eval runs/demo
 
-        sapo eval runs/demo@50 --samples 500 --json
+        sapo eval runs/demo@140 --samples 500 --json
+
+        sapo eval path/to/model --set task.name=jsonl --set task.path=problems.jsonl
     """
     from services.offline import evaluate as run_evaluation
 
-    result = asyncio.run(run_evaluation(policy, samples=samples, temperature=temperature, task_name=task, seed=seed))
+    given = load_config(config, overrides)
+    result = asyncio.run(run_evaluation(policy, given, samples=samples, temperature=temperature, seed=seed))
     if as_json:
         typer.echo(json.dumps(result))
     else:
@@ -183,9 +198,9 @@ def evaluate(
 def sample(
     policy: Policy,
     prompt: Annotated[str, typer.Option(help="The prompt, as text.")],
-    count: Annotated[int, typer.Option(help="Responses.")] = 1,
-    temperature: float = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Token limit of a response.")] = 64,
+    count: Annotated[int, typer.Option(min=1, help="Responses.")] = 1,
+    temperature: Temperature = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a response.")] = 64,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -207,13 +222,6 @@ def sample(
             typer.echo(json.dumps(response))
         else:
             typer.echo(f"{prompt}{response['text']}   ({response['logprob']:.3f} nats, {response['finish_reason']})")
-
-
-def check_objective(config: RunConfig) -> None:
-    """Build the objective, so that a wrong option is said before anything starts."""
-    from sapo_learner.objectives import build
-
-    build(config.objective.name, **config.objective.options)
 
 
 async def _ask(run: str, question: Callable[[ControlPlaneClient], Awaitable[dict[str, Any]]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`sapo config --explain KEY`: what a setting means, from the models themselves."""
 
+import json
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -70,7 +71,11 @@ def _value(dotted: str, field: FieldInfo) -> Iterator[str]:
     limits = [
         f"{sign} {getattr(each, key)}" for each in field.metadata for key, sign in _SIGNS.items() if hasattr(each, key)
     ]
-    default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+    default = (
+        "required"
+        if field.is_required()
+        else f"default {json.dumps(field.get_default(call_default_factory=True), default=str)}"
+    )
     yield f"{dotted}  ({', '.join([_type(field.annotation), *limits, default])})"
     for line in (field.description or "").splitlines():
         yield f"    {line.strip()}"
@@ -85,7 +90,7 @@ def _type(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
     if isinstance(annotation, type):
-        return {"int": "integer", "str": "text", "float": "number", "bool": "true | false"}.get(
+        return {"int": "integer", "str": "text", "Path": "text", "float": "number", "bool": "true | false"}.get(
             annotation.__name__, annotation.__name__
         )
     parts = [_type(each) for each in typing.get_args(annotation) if each is not type(None)]

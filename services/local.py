@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sapo_learner.errors import ConfigError, Mismatch, SapoError, Unauthenticated, Unavailable
-from services.run_directory import LocalServices, live_services
+from services.run_directory import LocalServices, forget_services, live_services
 from services.runstore import EmbeddedRedis
 from services.runtime.client import ControlPlaneClient
 from services.runtime.settings import RunConfig, dump_config
@@ -109,7 +111,9 @@ class LocalRun:
             await self._spawn(child)
             self._watchers.append(asyncio.create_task(self._watch(child), name=f"watch {child.name}"))
         self._write_services()
-        self._watchers.append(asyncio.create_task(self._poll()))
+        self._watchers.append(asyncio.create_task(self._poll(), name="poll"))
+        for task in self._watchers:
+            task.add_done_callback(self._watcher_ended)
 
     async def _spawn(self, child: Child) -> None:
         if child.name == "redis" and self._redis:
@@ -138,6 +142,7 @@ class LocalRun:
     def _write_services(self) -> None:
         LocalServices(
             supervisor_pid=os.getpid(),
+            supervisor_started=psutil.Process().create_time(),
             control_plane_url=self.control.url,
             ingest_address=self._ingest_address,
             redis_url=self._environment()["SAPO_REDIS_URL"],
@@ -154,7 +159,7 @@ class LocalRun:
             code = await child.process.wait()
             if self._stopping:
                 return
-            if code == 0 and child.name == "learner":
+            if code == 0 and child.name == "learner" and await self._trained():
                 child.state = "done"
                 return
             child.state = f"died ({_reason(code)})"
@@ -169,6 +174,14 @@ class LocalRun:
                 return
             await self._spawn(child)
             self._write_services()
+
+    async def _trained(self) -> bool:
+        """Whether the learner has done its last step: it also exits with 0 when somebody asks it to stop."""
+        try:
+            status = await self.control.status()
+        except SapoError:
+            return False
+        return int(status["learner"]["step"]) >= int(status["steps"])
 
     def _progress(self) -> tuple[int, int]:
         return (self.status.get("learner", {}).get("step", -1), self.status.get("accepted", -1))
@@ -188,6 +201,11 @@ class LocalRun:
         if not self._failure.done():
             self._failure.set_exception(error)
 
+    def _watcher_ended(self, task: asyncio.Task[None]) -> None:
+        """A watcher that breaks would leave its process unwatched: the run ends with what broke it."""
+        if not task.cancelled() and (error := task.exception()) and not self._failure.done():
+            self._failure.set_exception(SapoError(f"{task.get_name()} failed: {error}"))
+
     async def _poll(self) -> None:
         while True:
             try:
@@ -198,20 +216,26 @@ class LocalRun:
 
     async def finished(self, stop: asyncio.Event, draw: Callable[["LocalRun"], None]) -> bool:
         """Wait for the run's end, calling `draw` meanwhile; False when asked to stop before. Raises what ended it."""
-        while not stop.is_set():
-            draw(self)
+        while True:
+            try:
+                draw(self)
+            except (TypeError, ValueError, KeyError) as error:  # a figure that is missing or not a number
+                log.debug("the view could not be drawn: %s", error)
             if self._failure.done():
                 self._failure.result()
+            if stop.is_set():
+                return False
             if self.status.get("state") == "finished":
                 return True
             await asyncio.wait([self._failure], timeout=0.25)
-        return False
 
     # ---- stop
 
     async def stop(self) -> None:
         """Drain in order: samplers hand back, the learner checkpoints, then everything that serves them."""
         self._stopping = True
+        if self._failure.done():
+            self._failure.exception()  # raised by `finished`, or overtaken by whatever else ended the run
         workers = [each for name, each in self.children.items() if name.startswith("rollout")]
         await asyncio.gather(*(self._terminate(each) for each in workers))
         for name in ("learner", "ingest", "control-plane", "redis"):
@@ -223,7 +247,7 @@ class LocalRun:
         await self.control.__aexit__()
         for holder in self._reserved:
             holder.close()
-        (self.directory / "services.json").unlink(missing_ok=True)
+        forget_services(self.directory)
 
     async def _terminate(self, child: Child) -> None:
         process = child.process

@@ -10,20 +10,24 @@ from services.rollout.engines import PolicyVersion, Sampled, SampleRequest
 from services.rollout.engines.torch_engine import TorchEngine
 from services.rollout.responder import ended
 from services.run_directory import load_any_policy
-from services.tasks import Response, TaskSettings, build
+from services.runtime.settings import RunConfig
+from services.tasks import Response, build
 
-MAX_TOKENS = 1024
 
+async def evaluate(name: str, given: RunConfig, *, samples: int, temperature: float, seed: int) -> dict[str, Any]:
+    """Held-out pass@1: the mean over at least `samples` responses, equally many per problem.
 
-async def evaluate(name: str, *, samples: int, temperature: float, task_name: str, seed: int) -> dict[str, Any]:
-    """Held-out pass@1: the mean over at least `samples` responses, equally many per problem."""
-    policy, config = await load_any_policy(name)
-    task = build(config.task if config else TaskSettings(name=task_name))
+    given: task and token limit of a policy that is not a run's.
+    """
+    policy, own = await load_any_policy(name)
+    config = own or given
+    task = build(config.task)
     problems = task.problems("held_out")
     repeats = math.ceil(samples / len(problems))
     prompts = [problem.prompt for problem in problems for _ in range(repeats)]
-    limit = config.sampling.max_tokens if config else MAX_TOKENS
-    responses = await _sample(policy, prompts, temperature=temperature, max_tokens=limit, seed=seed)
+    responses = await _sample(
+        policy, prompts, temperature=temperature, max_tokens=config.sampling.max_tokens, seed=seed
+    )
     correct = [
         task.score(problems[index // repeats], _response(policy, each))["correct"] == 1
         for index, each in enumerate(responses)

@@ -16,6 +16,7 @@ from sapo_learner.archive import Archive
 from sapo_learner.control import GROUP
 from sapo_learner.errors import NotFound
 from sapo_learner.ledger import Ledger, LedgerReport, audit, epoch_coverage
+from services.control_plane.record import read
 from services.runstore import EmbeddedRedis, RunStore
 from services.runtime.client import ControlPlaneClient
 from services.runtime.settings import Environment, RunConfig, load_config
@@ -32,6 +33,7 @@ class LocalServices:
     """Where the processes of a `sapo up` listen, and its token; mode 0600."""
 
     supervisor_pid: int
+    supervisor_started: float  # Unix time
     control_plane_url: str
     ingest_address: str
     redis_url: str
@@ -51,7 +53,19 @@ def live_services(directory: Path) -> LocalServices | None:
     if not path.is_file():
         return None
     services = LocalServices(**json.loads(path.read_text()))
-    return services if psutil.pid_exists(services.supervisor_pid) else None
+    try:
+        started = psutil.Process(services.supervisor_pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
+    # Process ids come round again, in containers at once: the same process has the same start.
+    return services if abs(started - services.supervisor_started) < 1 else None
+
+
+def forget_services(directory: Path) -> None:
+    """Remove what this process wrote, and no other's."""
+    services = live_services(directory)
+    if services and services.supervisor_pid == os.getpid():
+        (directory / SERVICES_FILE).unlink(missing_ok=True)
 
 
 def run_config(directory: Path) -> RunConfig:
@@ -60,6 +74,28 @@ def run_config(directory: Path) -> RunConfig:
     if not path.is_file():
         raise NotFound("no run.yaml there", where=str(directory), fix="give a run's directory, such as runs/demo")
     return load_config(path)
+
+
+def stopped_status(directory: Path) -> dict[str, Any]:
+    """What `status` tells of a run that nobody serves, from its record: the fields that still mean something."""
+    config = run_config(directory)
+    last: dict[str, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    for line in read(directory / "record.jsonl"):
+        last[line["kind"]] = line
+        if line["kind"] == "evaluation":
+            evaluations[line["step"]] = {key: value for key, value in line.items() if key != "examples"}
+    step = last.get("step", {}).get("step", 0)
+    finished = step >= config.training.steps and config.training.steps in evaluations
+    return {
+        "run": config.run.name,
+        "state": "finished" if finished else "stopped",
+        "steps": config.training.steps,
+        "step": step,
+        "last_step": last.get("step"),
+        "evaluations": list(evaluations.values()),
+        "workers": [],
+    }
 
 
 async def audit_run(directory: Path) -> LedgerReport:

@@ -44,7 +44,7 @@ def summarise(directory: Path, *, seed: int, ledger_balanced: bool) -> dict[str,
         "base_standard_error": first and first["standard_error"],
         "final_standard_error": last and last["standard_error"],
         "evaluation_samples": last and last["samples"],
-        "steps": len(steps),
+        "steps": max(steps, default=0),
         "wall_seconds": sessions,
         "tokens_trained": tokens,
         "policy_age_mean": aged / tokens if tokens else None,
@@ -99,11 +99,13 @@ def _examples(first: dict[str, Any] | None, last: dict[str, Any] | None) -> list
 
 
 def print_report(console: Console, summary: dict[str, Any], path: Path) -> None:
-    examples = Table("held-out problem", "base answers", "after RL", box=None, padding=(0, 3, 0, 0))
-    for each in summary["examples"]:
-        examples.add_row(each["prompt"], each["base"], each["trained"])
-    console.print()
-    console.print(examples)
+    if summary["examples"]:
+        examples = Table("held-out problem", "base answers", "after RL", box=None, padding=(0, 3, 0, 0))
+        for each in summary["examples"]:
+            examples.add_row(each["prompt"], each["base"], each["trained"])
+        console.print()
+        console.print(examples)
+        console.print("(of the first problems, those whose answer changed)", style="dim")
     figures = [f"base {_percent(summary, 'base')}", f"after RL [bold]{_percent(summary, 'final')}[/bold]"]
     if summary["ceiling_pass_at_1"] is not None:
         figures.append(f"ceiling {100 * summary['ceiling_pass_at_1']:.1f} %")
@@ -115,11 +117,17 @@ def print_report(console: Console, summary: dict[str, Any], path: Path) -> None:
             "accuracy before the bad habit.",
             highlight=False,
         )
+    if not summary["tokens_trained"]:
+        console.print("[bold red]Nothing was learned: no group had a spread of rewards.[/bold red]")
+    else:
+        console.print(
+            f"policy age mean {summary['policy_age_mean']:.2f}, max {summary['policy_age_max']} steps; "
+            f"{summary['mixed_version_responses']} responses span several versions",
+            highlight=False,
+        )
     console.print(
-        f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; policy age mean "
-        f"{summary['policy_age_mean']:.2f}, max {summary['policy_age_max']}; "
-        f"{summary['mixed_version_responses']} responses span several versions; "
-        f"ledger {'balances' if summary['ledger_balanced'] else 'DOES NOT BALANCE'}\n{path}",
+        f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; "
+        f"ledger {'balances' if summary['ledger_balanced'] else 'DOES NOT BALANCE'}; {path}",
         highlight=False,
     )
 

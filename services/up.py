@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import os
 import signal
 from pathlib import Path
 
 from rich.console import Console
 
 from sapo_learner.errors import ConfigError, Unavailable
+from services.control_plane.record import read
 from services.local import LocalRun, set_aside
+from services.preflight import check
 from services.run_directory import audit_run, live_services, load_any_policy, run_config
 from services.runstore import RunStore
 from services.runtime.changes import changes, check_changes
@@ -22,17 +25,12 @@ async def up(config: RunConfig, console: Console, *, again: bool, start_from: st
 
     start_from: POLICY that a new run begins with, instead of policy.source.
     """
-    from sapo_learner.objectives import build
-
-    build(config.objective.name, **config.objective.options)
-    directory = config.run.directory
     if start_from:
         config = await _begin_with(start_from, config)
+    check(config)
+    directory = config.run.directory
     await _make_way(config, directory, console, again=again)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    stop = _asked_to_stop(console)
     run = LocalRun(config, workers=config.local.rollout_workers)
     console.print(f"run [bold]{config.run.name}[/bold] in {directory}; logs in {directory}/logs", highlight=False)
     try:
@@ -51,6 +49,20 @@ async def up(config: RunConfig, console: Console, *, again: bool, start_from: st
     return 0 if report.balanced else 1
 
 
+def _asked_to_stop(console: Console) -> asyncio.Event:
+    """Set by Ctrl-C, by SIGTERM, and when the terminal is closed, which then gets no more output."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def hung_up() -> None:
+        console.file = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, hung_up)
+    return stop
+
+
 async def _begin_with(name: str, config: RunConfig) -> RunConfig:
     """Keep a copy of the policy beside the run's directory (named by its weights) and let it be the run's source."""
     from sapo_learner.policy import write_policy
@@ -66,7 +78,13 @@ async def _begin_with(name: str, config: RunConfig) -> RunConfig:
 
 async def _make_way(config: RunConfig, directory: Path, console: Console, *, again: bool) -> None:
     """Go on with an unfinished run, listing what has changed; a complete or another run needs --again."""
+    if live_services(directory):
+        raise Unavailable("another `sapo up` runs on this directory", where=str(directory), fix="stop it first")
     if not (directory / "run.yaml").exists():
+        return
+    if not any(line["kind"] == "step" for line in read(directory / "record.jsonl")):
+        if changes(run_config(directory), config):
+            await _set_aside(config, directory, console)  # it had not begun
         return
     summary = directory / "summary.json"
     complete = summary.exists() and json.loads(summary.read_text())["steps"] >= config.training.steps
@@ -86,8 +104,6 @@ async def _make_way(config: RunConfig, directory: Path, console: Console, *, aga
 
 
 async def _set_aside(config: RunConfig, directory: Path, console: Console) -> None:
-    if live_services(directory):
-        raise Unavailable("another `sapo up` runs on this directory", where=str(directory), fix="stop it first")
     console.print(f"the run that was in {directory} is now in {set_aside(directory)}", highlight=False)
     if url := Environment().redis_url.get_secret_value():
         async with await RunStore.connect(url, config.run.name) as store:

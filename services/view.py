@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from services.local import LocalRun
 
 PLAIN_SECONDS = 5.0
+STALLED_SECONDS = 20.0
+SHOWN_EVALUATIONS = 8
 
 
 class View:
@@ -61,6 +63,8 @@ class Pace:
     def eta(self, steps: int) -> str:
         if not self._first or not self._last or self._last[1] <= self._first[1]:
             return "-"
+        if time.monotonic() - self._last[0] > STALLED_SECONDS and self._last[1] < steps:
+            return "stalled"
         rate = (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
         seconds = max(0.0, (steps - self._last[1]) / rate - (time.monotonic() - self._last[0]))
         return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
@@ -68,48 +72,53 @@ class Pace:
 
 def _line(run: "LocalRun", pace: Pace) -> str:
     status = run.status
-    learner, step = status.get("learner", {}), status.get("last_step")
     if not status:
         return "starting: " + ", ".join(f"{each.name} {each.state}" for each in run.children.values())
-    parts = [f"step {learner['step']}/{status['steps']}", f"eta {pace.eta(status['steps'])}"]
+    parts = [f"step {status['learner']['step']}/{status['steps']}", f"eta {pace.eta(status['steps'])}"]
+    step, evaluations = status["last_step"], status["evaluations"]
     if step:
         parts += [f"reward {step['reward']:.2f}", f"policy age {step['policy_age_mean']:.1f}"]
-    if status["evaluations"]:
-        last = status["evaluations"][-1]
-        parts.append(f"held-out pass@1 {last['pass_at_1']:.3f} (step {last['step']})")
-    parts += [f"version {status['version']}", f"{_tokens_per_second(status):,.0f} tokens/s", _waiting(status)]
-    return " | ".join(part for part in parts if part)
+    if evaluations:
+        parts.append(f"held-out pass@1 {evaluations[-1]['pass_at_1']:.3f} (step {evaluations[-1]['step']})")
+    if status["version"] is not None:
+        parts += [f"version {status['version']}", f"{_tokens_per_second(status):,.0f} tokens/s"]
+    parts += [f"{each.name} {each.state}" for each in run.children.values() if "died" in each.state]
+    return " | ".join(part for part in [*parts, _waiting(status)] if part)
 
 
 def _panel(run: "LocalRun", pace: Pace) -> Group:
+    """The same lines at all times, so that the frame never grows or shrinks."""
     status = run.status
-    learner = status.get("learner", {})
-    done, total = learner.get("step", 0), status.get("steps", run.config.training.steps)
+    done, total = status.get("learner", {}).get("step", 0), status.get("steps", run.config.training.steps)
     head = Table.grid(padding=(0, 1))
     head.add_row(
         Text(run.config.run.name, "bold"), ProgressBar(total=total, completed=done, width=40), f"step {done}/{total}",
         f"ETA {pace.eta(total)}", Text(status.get("state", "starting"), "cyan"),
     )  # fmt: skip
-    figures = Table.grid(padding=(0, 3))
+    return Group(head, *_figures(status), _processes(run), Text(_waiting(status) if status else "", "yellow"))
+
+
+def _figures(status: dict[str, Any]) -> list[Text]:
     step, evaluations = status.get("last_step"), status.get("evaluations", [])
+    learning = held_out = "-"
     if step:
-        figures.add_row(
-            f"reward [bold]{step['reward']:.3f}[/bold]",
-            f"entropy {step['entropy']:.3f}",
-            f"policy age {step['policy_age_mean']:.2f} (max {step['policy_age_max']})",
-            f"spread of log-ratio {step['log_ratio_std']:.3f}",
+        learning = (
+            f"{step['reward']:.3f}   entropy {step['entropy']:.3f}   spread of log-ratio {step['log_ratio_std']:.3f}   "
+            f"policy age {step['policy_age_mean']:.2f} (max {step['policy_age_max']})"
         )
     if evaluations:
-        trail = " ".join(f"{each['pass_at_1']:.2f}" for each in evaluations[-8:])
-        figures.add_row(f"held-out pass@1 [bold]{evaluations[-1]['pass_at_1']:.3f}[/bold]", trail)
-    if status:
-        figures.add_row(
-            f"version {status['version']}",
-            f"{_tokens_per_second(status):,.0f} tokens/s",
-            f"groups ready {status['groups_ready']}",
-            f"open leases {status['open_leases']}",
+        first, recent = evaluations[0], evaluations[1:][-SHOWN_EVALUATIONS:]
+        trail = [f"{first['pass_at_1']:.2f}", *(["..."] if len(evaluations) > SHOWN_EVALUATIONS + 1 else [])]
+        held_out = " ".join([*trail, *(f"{each['pass_at_1']:.2f}" for each in recent)])
+        held_out += f"   (step {evaluations[-1]['step']})"
+    flow = "-"
+    if status and status["version"] is not None:
+        flow = (
+            f"version {status['version']}   {_tokens_per_second(status):,.0f} tokens/s   "
+            f"groups ready {status['groups_ready']}   open leases {status['open_leases']}"
         )
-    return Group(head, figures, _processes(run), Text(_waiting(status), "yellow"))
+    rows = (("reward", learning), ("held-out pass@1", held_out), ("sampling", flow))
+    return [Text.assemble((f"{name:<16}", "dim"), value) for name, value in rows]
 
 
 def _processes(run: "LocalRun") -> Table:
@@ -123,16 +132,23 @@ def _processes(run: "LocalRun") -> Table:
             worker = workers[child.name]
             detail = f"version {worker['version']}, {worker['rows']} rows"
             detail += f", waits for {worker['waiting_for']}" if worker["waiting_for"] else ""
+        elif child.name.startswith("rollout") and child.state == "running":
+            detail = "waits for the first policy"
         style = {"running": "green", "done": "green"}.get(child.state, "red" if "died" in child.state else "")
         table.add_row(child.name, str(child.pid or "-"), Text(child.state, style), str(child.restarts or ""), detail)
     return table
 
 
 def _waiting(status: dict[str, Any]) -> str:
-    if not status:
-        return ""
-    learner = status["learner"]
-    return f"learner: {learner['waiting_for']}" if learner["waiting_for"] else ""
+    """What there is to wait for, or to worry about."""
+    learner, step = status["learner"], status["last_step"]
+    if status["state"] == "evaluating":
+        return f"waiting for the evaluation of {', '.join(each['id'] for each in status['evaluating'])}"
+    if learner["waiting_for"]:
+        return f"learner waits for {learner['waiting_for']}"
+    if step and not step["tokens"]:
+        return "the last step had no signal: all responses of each group had the same reward"
+    return ""
 
 
 def _tokens_per_second(status: dict[str, Any]) -> float:
@@ -144,27 +160,28 @@ def _clock(seconds: float) -> str:
 
 
 def print_status(console: Console, status: dict[str, Any]) -> None:
-    """`sapo status` for a person."""
-    learner = status["learner"]
-    console.print(
-        f"run {status['run']}: {status['state']}, step {learner['step']}/{status['steps']}, "
-        f"version {status['version']}, {status['accepted']} groups accepted, {status['groups_ready']} ready, "
-        f"{status['open_leases']} open leases",
-        highlight=False,
-    )
-    console.print(f"control plane up since {_clock(status['since'])}", highlight=False)
-    for each in status["slowest_draws"]:
+    """`sapo status` for a person, of a run that goes on or has stopped."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    learner = status.get("learner", {"step": status.get("step", 0), "waiting_for": ""})
+    say(f"run {status['run']}: {status['state']}, step {learner['step']}/{status['steps']}")
+    if "since" in status:
+        say(
+            f"version {status['version']}, {status['accepted']} groups accepted, {status['groups_ready']} ready, "
+            f"{status['open_leases']} open leases; control plane up since {_clock(status['since'])}"
+        )
+    for each in status.get("slowest_draws", []):
         text = f"draw {each['draw']} (attempt {each['attempt']}) has been with {each['worker']}"
-        console.print(f"{text} for {each['age_seconds']:.1f} s", highlight=False)
-    if learner["waiting_for"]:
-        console.print(f"learner waits for {learner['waiting_for']}", highlight=False)
+        say(f"{text} for {each['age_seconds']:.1f} s")
+    if "evaluating" in status and _waiting(status):
+        say(_waiting(status))
     for each in status["evaluations"][-3:]:
-        text = f"held-out pass@1 at step {each['step']}: {each['pass_at_1']:.3f} ± {each['standard_error']:.3f}"
-        console.print(text, highlight=False)
+        say(f"held-out pass@1 at step {each['step']}: {each['pass_at_1']:.3f} ± {each['standard_error']:.3f}")
     for each in status["workers"]:
         waits = f", waits for {each['waiting_for']}" if each["waiting_for"] else ""
-        console.print(
+        say(
             f"{each['worker']}: version {each['version']}, {each['rows']} rows, "
-            f"{each['tokens_per_second']:,.0f} tokens/s, heard of {each['age_seconds']:.1f} s ago{waits}",
-            highlight=False,
+            f"{each['tokens_per_second']:,.0f} tokens/s, heard of {each['age_seconds']:.1f} s ago{waits}"
         )

@@ -138,6 +138,7 @@ def snapshot_manifest(step: int, contents: dict[str, bytes]) -> Manifest:
 def facts(manifest: Manifest) -> dict[str, str]:
     return {
         "vocabulary": str(VOCABULARY),
+        "context": "64",
         "model_digest": manifest.model_digest,
         "tokenizer_digest": manifest.tokenizer_digest,
     }

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -56,9 +56,15 @@ class BlobDirectory:
         os.replace(file.name, self._directory / sha256)
         await asyncio.to_thread(fsync, self._directory)
 
-    def keep_only(self, digests: Iterable[str]) -> None:
-        """Delete every other blob whose grace is over."""
+    def keep_only(self, digests: Iterable[str], forgotten: Mapping[str, float] | None = None) -> None:
+        """Delete every other blob whose grace is over.
+
+        forgotten: blobs of manifests that are gone, with the Unix time those were registered; such a blob needs no
+        grace unless somebody has asked for it again since.
+        """
         wanted, oldest = set(digests), time.time() - GRACE_SECONDS
         for path in self._directory.iterdir():
-            if path.name not in wanted and path.suffix != ".upload" and path.stat().st_mtime < oldest:
+            if path.name in wanted or path.suffix == ".upload":
+                continue
+            if path.stat().st_mtime < max(oldest, (forgotten or {}).get(path.name, 0.0)):
                 path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ was lost in mid-run.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -53,8 +54,8 @@ class ControlPlane:
             task.problems("held_out"), config.run.seed, config.evaluation, last_step=training.steps
         )
         self._workers = Workers()
-        self._changed = asyncio.Condition()
-        self._events = self._waiting = 0
+        self._changed = asyncio.Event()  # set, and replaced, whenever something changes
+        self._waiting = 0
         self._closing = False
         self.learner = api.LearnerReport(state="not started", step=0, cursor=0, ledger=Ledger().to_dict())
         self._pacing = Pacing(
@@ -88,7 +89,7 @@ class ControlPlane:
                 if await self.policies.reconcile(await self._store.state()):
                     await self._save_evaluations()
                     await self._save_learner_report()
-                    await self._notify()
+                    self._notify()
                 self._metrics.observe(await self.status())
                 lifecycle.ready("redis")
             except Unavailable as error:
@@ -106,7 +107,7 @@ class ControlPlane:
         self._workers.hear(request.worker, request.version, request.step)
         chunk, grant = None, Grant([], None)
         while not self._closing and not await gone():
-            seen = self._events
+            changed = self._changed
             # A heartbeat since may have confirmed a newer policy than the waiting request names.
             serving = self._workers.alive().get(request.worker, request)
             if request.evaluate:
@@ -116,7 +117,7 @@ class ControlPlane:
                 grant = await self._store.grant(self._token, request.worker, count, serving.step, self._pacing)
             if chunk or grant.leases or time.monotonic() >= deadline:
                 break
-            await self._wait_for_change(seen, deadline)
+            await self._wait_for_change(changed, deadline)
         current = await self._store.current()
         self._metrics.leases.inc(len(grant.leases))
         return api.LeaseResponse(
@@ -128,7 +129,7 @@ class ControlPlane:
 
     async def release(self, request: api.ReleaseRequest) -> None:
         await self._store.release(request.worker, [(each.draw, each.attempt) for each in request.leases])
-        await self._notify()
+        self._notify()
 
     async def heartbeat(self, beat: api.Heartbeat) -> api.HeartbeatResponse:
         self._workers.hear(beat.worker, beat.version, beat.step)
@@ -164,7 +165,7 @@ class ControlPlane:
             self.record.add("evaluation", **finished.summary(self.evaluations.problems))
             self.evaluations.finish(finished)
         await self._save_evaluations()
-        await self._notify()
+        self._notify()
 
     async def _schedule_evaluation(self, step: int) -> None:
         if self.evaluations.schedule(step):
@@ -192,7 +193,7 @@ class ControlPlane:
             # Before it can be served: a worker that is a moment later may have left the first policy already.
             await self._schedule_evaluation(manifest.step)
         published = await self.policies.publish(request.token, manifest, request.facts)
-        await self._notify()
+        self._notify()
         await self.policies.prune(self.evaluations.pinned)
         return api.PublishResponse(version=published.version, changed=published.changed)
 
@@ -202,7 +203,7 @@ class ControlPlane:
         while self.evaluations.holds(step):
             if self._closing or time.monotonic() >= deadline:
                 raise Unavailable("the first policy is still being evaluated", where=f"step {step}", fix="try again")
-            await self._wait_for_event(self._events, deadline - time.monotonic())
+            await _wait(self._changed, deadline - time.monotonic())
 
     async def learner_reports(self, report: api.LearnerReport) -> None:
         fields = dict(report.record or {})
@@ -212,7 +213,7 @@ class ControlPlane:
         if fields:
             self.record.add(fields.pop("kind"), **fields)
         await self._save_learner_report()
-        await self._notify()
+        self._notify()
 
     async def _save_learner_report(self) -> None:
         with our_fence():
@@ -231,38 +232,37 @@ class ControlPlane:
         """The current version and the learner's step whenever they changed, until the process closes."""
         said: dict[str, Any] | None = None
         while not self._closing:
-            seen = self._events
+            changed = self._changed
             current = await self._store.current()
             event = {"version": current.version if current else None, "step": self.learner.step}
             if event != said:
                 yield event
             said = event
-            await self._wait_for_event(seen, EVENT_SECONDS)
+            await _wait(changed, EVENT_SECONDS)
 
     async def close(self) -> None:
         """End every wait; requests are answered with what there is."""
         self._closing = True
-        await self._notify()
+        self._notify()
 
     # ---- waiting
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._events += 1
-            self._changed.notify_all()
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def _wait_for_change(self, seen: int, deadline: float) -> None:
+    async def _wait_for_change(self, changed: asyncio.Event, deadline: float) -> None:
         """Wait for an event, or until it is time to look again."""
         self._waiting += 1
         try:
             pause = POLL_SECONDS * max(1, self._waiting / WAITERS)
-            await self._wait_for_event(seen, min(pause, deadline - time.monotonic()))
+            await _wait(changed, min(pause, deadline - time.monotonic()))
         finally:
             self._waiting -= 1
 
-    async def _wait_for_event(self, seen: int, seconds: float) -> None:
-        async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._events != seen), max(seconds, 0.001))
-            except TimeoutError:
-                return
+
+async def _wait(changed: asyncio.Event, seconds: float) -> None:
+    """Until the event or the time is over."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(seconds, 0.001)):
+            await changed.wait()

@@ -111,10 +111,21 @@ class Policies:
                 return
             versions = sorted(steps)
             oldest = steps[versions[-1]] - self._max_policy_age
+            forgotten: dict[str, float] = {}  # blob -> when a manifest that named it was registered
             for version in versions[: -self._keep]:
                 if steps[version] < oldest and version not in pinned and await self._store.forget(version):
-                    self._path(version).unlink(missing_ok=True)
-            await asyncio.to_thread(self.blobs.keep_only, {b.sha256 for m in self._on_disk() for b in m.blobs()})
+                    forgotten |= self._forget(self._path(version))
+            wanted = {blob.sha256 for manifest in self._on_disk() for blob in manifest.blobs()}
+            await asyncio.to_thread(self.blobs.keep_only, wanted, forgotten)
+
+    @staticmethod
+    def _forget(path: Path) -> dict[str, float]:
+        """Delete a manifest; returns its blobs with the time it was registered."""
+        if not path.exists():
+            return {}
+        named, registered = Manifest.from_json(path.read_bytes()).blobs(), path.stat().st_mtime
+        path.unlink()
+        return {blob.sha256: registered for blob in named}
 
     def newest(self) -> int:
         """The highest version on disk; -1 when there is none."""

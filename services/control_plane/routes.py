@@ -3,18 +3,19 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
+from fastapi import APIRouter, FastAPI, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
 
 from services.control_plane.plane import ControlPlane
 from services.runtime import api
-from services.runtime.http import bearer_check
+from services.runtime.http import Door
 
 
 def add_routes(app: FastAPI, plane: ControlPlane, token: str) -> None:
-    router = APIRouter(prefix="/v1", dependencies=[Depends(bearer_check(token))])
+    app.add_middleware(Door, token=token)
+    router = APIRouter(prefix="/v1")
     _run(router, plane)
     _work(router, plane)
     _snapshots(router, plane)

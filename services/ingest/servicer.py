@@ -144,3 +144,16 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
         ):
             if given != wanted:
                 raise InvalidTrajectory(f"{name} is {given!r}, the run's is {wanted!r}", where=f"draw {group.draw}")
+        sampled = max(int(each.loss_mask.sum()) for each in group.trajectories)
+        if sampled > expected.max_tokens:
+            raise InvalidTrajectory(
+                f"a response has {sampled} sampled tokens, sampling.max_tokens is {expected.max_tokens}",
+                where=f"draw {group.draw}",
+            )
+        longest = len(group.prompt_ids) + max(len(each.token_ids) for each in group.trajectories)
+        context = int(self._facts.get("context", longest))
+        if longest > context:
+            raise InvalidTrajectory(
+                f"prompt and response have {longest} tokens, the model's context is {context}",
+                where=f"draw {group.draw}",
+            )

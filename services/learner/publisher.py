@@ -44,7 +44,10 @@ class Publisher:
     ) -> None:
         """staging: a directory of ours, emptied after each upload."""
         self._control, self._files, self._dtype = control, dict(policy.files), dtype
-        self._vocabulary, self._staging, self._token, self._metrics = policy.vocabulary, staging, token, metrics
+        self._staging, self._token, self._metrics = staging, token, metrics
+        self._limits = {"vocabulary": str(policy.vocabulary)}
+        if policy.context is not None:
+            self._limits["context"] = str(policy.context)
         self._waiting: Snapshot | None = None
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
@@ -89,7 +92,7 @@ class Publisher:
         for blob in manifest.blobs():
             await self._control.upload(self._staging / blob.sha256, blob)
         facts = {
-            "vocabulary": str(self._vocabulary),
+            **self._limits,
             "model_digest": manifest.model_digest,
             "tokenizer_digest": manifest.tokenizer_digest,
         }

@@ -5,6 +5,7 @@ training thread     TrainingSession: blocks on the archive, steps, checkpoints
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ from services.runtime.settings import Environment, RunConfig
 
 log = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0
+FAREWELL_SECONDS = 5.0
 PATIENCE_SECONDS = 600.0  # training goes on from the archive while the control plane is away
 
 
@@ -119,15 +121,27 @@ class _Service:
             ]
             try:
                 await asyncio.to_thread(session.run, publish, report)
-                await publisher.drain()
                 await self._news.join()
+                if not self._lifecycle.stopping.is_set():  # else it is published when the run goes on
+                    await publisher.drain()
+                    await self._guard()
             finally:
                 session.log.stop()
                 for task in background:
                     task.cancel()
-        finished = session.learner.step_count >= session.learner.settings.training.steps
-        await self._report("finished" if finished else "stopped")
-        log.info("%s at step %d", "finished" if finished else "stopped", session.learner.step_count)
+        step, steps = session.learner.step_count, session.learner.settings.training.steps
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await self._report("finished" if step >= steps else "stopped")
+        log.info("%s at step %d", "finished" if step >= steps else "stopped", step)
+
+    async def _guard(self) -> None:
+        """Keep the log until the last evaluation is done, too: only a learner can rebuild it when Redis is lost."""
+        while not self._lifecycle.stopping.is_set():
+            await self._report("finished")
+            if (await self._control.status())["state"] == "finished":
+                return
+            await self._lifecycle.sleep(REPORT_SECONDS)
 
     async def _stop_when_asked(self) -> None:
         """Stop the training thread at its next step boundary."""
@@ -167,7 +181,8 @@ class _Service:
             try:
                 news = await asyncio.wait_for(self._news.get(), REPORT_SECONDS)
             except TimeoutError:
-                await self._report("training")
+                if self._session.learner.step_count < self._session.learner.settings.training.steps:
+                    await self._report("training")
                 continue
             self._metrics.observe(news.record)
             self._metrics.checkpoint.set(self._session.saved_step)

@@ -151,7 +151,7 @@ def step_record(step: StepReport, started: float, ended: float, waited: float) -
         "outcomes": dict(step.outcomes),
         "cursor": step.cursor,
         "reward": step.reward,
-        "rewards": {name: float(np.mean([response.rewards[name] for response in responses])) for name in names},
+        "rewards": {name: _mean([each.rewards[name] for each in responses if name in each.rewards]) for name in names},
         "response_tokens": float(np.mean([len(response.token_ids) for response in responses])) if responses else 0.0,
         "stopped": float(np.mean([response.finish_reason == "stop" for response in responses])) if responses else 0.0,
         "mixed_version_responses": sum(len(response.spans) > 1 for response in responses),
@@ -170,6 +170,10 @@ def step_record(step: StepReport, started: float, ended: float, waited: float) -
         "diagnostics": {name: dict(values) for name, values in update.diagnostics.items()},
         "seconds": dict(update.seconds),
     }
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values))
 
 
 def _environment() -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """`sapo serve rollout`: one inference engine and the loops around it."""
 
 import asyncio
+import contextlib
+import hashlib
 import logging
+import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +46,7 @@ class _Parts:
 async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, http_listen: str) -> None:
     token = environment.require("token")
     metrics = RolloutMetrics()
-    with tempfile.TemporaryDirectory(prefix=f"sapo-{name}-") as scratch:
+    with _scratch(f"{environment.control_plane_url} {name}") as scratch:
         async with (
             serving(probe_app(lifecycle, metrics.registry), http_listen),
             ControlPlaneClient(environment.require("control_plane_url"), token) as control,
@@ -50,10 +54,22 @@ async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, ht
             lifecycle.wait_for("start", "the control plane's configuration")
             config = await control.config()
             torch.set_num_threads(config.engine.threads)
-            parts = _Parts(name, control, PolicyStore(control, Path(scratch)), metrics)
+            parts = _Parts(name, control, PolicyStore(control, scratch), metrics)
             first = await _first_policy(lifecycle, parts.store)
             if first is not None:
                 await _work(lifecycle, environment, config, parts, *first)
+
+
+@contextlib.contextmanager
+def _scratch(worker: str) -> Iterator[Path]:
+    """A directory for blobs: the same one for a worker that was killed and comes back, so that none is left behind."""
+    path = Path(tempfile.gettempdir()) / f"sapo-{hashlib.sha256(worker.encode()).hexdigest()[:16]}"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 async def _first_policy(lifecycle: Lifecycle, store: PolicyStore) -> tuple[Manifest, Policy] | None:

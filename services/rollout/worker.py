@@ -72,6 +72,7 @@ class Worker:
         self._clock, self._idle_since = clock, clock()
         self._waiting_for = ""
         self._mixed = self._invalid = 0
+        self._hopeless: int | None = 0  # groups so far without a correct response; None once that is settled
         self._watch = EngineWatch(clock)
         self._beating = asyncio.Lock()  # a later report must not arrive first
 
@@ -191,9 +192,28 @@ class Worker:
         sampled = await self._responder.respond(prompt_ids, draw.seed, self._config.sampling.group_size, progress)
         rewards = await self._responder.rewards(draw.problem, sampled)
         self._observe(sampled)
+        self._look_for_success(draw.problem, sampled, rewards)
         lease.sampling = False
         trajectories = [_trajectory(*each) for each in zip(sampled, rewards, strict=True)]
         self._settle(await self._sender.send(self._group(draw, prompt_ids, trajectories)))
+
+    def _look_for_success(
+        self, problem: api.ProblemBody, sampled: Sequence[Sampled], rewards: Sequence[dict[str, float]]
+    ) -> None:
+        """Say so once, with an example, when a whole step's worth of groups has no correct response."""
+        if self._hopeless is None:
+            return
+        if any(each.get("correct", 0) > 0 for each in rewards):
+            self._hopeless = None
+            return
+        self._hopeless += 1
+        if self._hopeless == self._config.training.groups_per_step:
+            log.warning(
+                "no response to the first %d prompts is correct; for example %r was answered %r, expected %r: "
+                "is that the format the task looks for?",
+                self._hopeless, problem.prompt, self._responder.text(sampled[0]), problem.answer,
+            )  # fmt: skip
+            self._hopeless = None
 
     def _group(self, draw: api.LeasedDraw, prompt_ids: list[int], trajectories: list[Trajectory]) -> TrajectoryGroup:
         return TrajectoryGroup(

@@ -5,21 +5,22 @@ import contextlib
 import hmac
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sapo_learner.errors import ConfigError, NotFound, SapoError, Unauthenticated, Unavailable
 from services.runtime.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
+MAX_BODY_BYTES = 16 << 20
 
 
 def parse_address(address: str, *, where: str) -> tuple[str, int]:
@@ -101,18 +102,30 @@ def _place(request: Request) -> str:
     return f"{request.method} {request.url.path}"
 
 
-def bearer_check(token: str) -> Callable[..., None]:
-    """A FastAPI dependency that refuses any other token, in constant time."""
-    scheme = HTTPBearer(auto_error=False)
+class Door:
+    """ASGI middleware before everything under /v1: the token first, compared in constant time, then the body's size.
 
-    def check(credentials: HTTPAuthorizationCredentials | None = Depends(scheme)) -> None:
-        given = credentials.credentials if credentials else ""
-        if not hmac.compare_digest(given.encode(), token.encode()):
-            raise Unauthenticated(
-                "wrong or missing token", where="Authorization header", fix="set SAPO_TOKEN to the run's"
-            )
+    Before routing, because FastAPI reads and parses a body before it looks at a route's dependencies.
+    """
 
-    return check
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"].startswith("/v1") else None
+        await (self._app if refusal is None else _body(refusal))(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> SapoError | None:
+        headers = dict(scope["headers"])
+        if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
+            fix = "set SAPO_TOKEN to the run's (that of a `sapo up` is in services.json of its directory)"
+            return Unauthenticated("wrong or missing token", where="Authorization header", fix=fix)
+        if scope["method"] == "PUT":  # blobs go to a file as they come
+            return None
+        length = headers.get(b"content-length", b"0")
+        if b"transfer-encoding" in headers or not length.isdigit() or int(length) > MAX_BODY_BYTES:
+            return ConfigError(f"bodies state a length of at most {MAX_BODY_BYTES} bytes", where=scope["path"])
+        return None
 
 
 class _Server(uvicorn.Server):

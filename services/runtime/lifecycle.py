@@ -6,13 +6,16 @@ takes the process down. This is the one place that catches everything.
 
 import asyncio
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 
 from sapo_learner.errors import SapoError
 
 log = logging.getLogger(__name__)
+START_GRACE_SECONDS, DRAIN_GRACE_SECONDS = 3.0, 60.0
 
 
 class Lifecycle:
@@ -35,6 +38,11 @@ class Lifecycle:
     def waiting_for(self) -> list[str]:
         return list(self._waiting_for.values())
 
+    @property
+    def starting(self) -> bool:
+        """Whether the process has never been ready."""
+        return "start" in self._waiting_for
+
     async def sleep(self, seconds: float) -> bool:
         """Sleep, but no longer than until the process shall stop; returns whether it shall."""
         try:
@@ -50,9 +58,25 @@ def run(serve: Callable[[Lifecycle], Awaitable[None]]) -> int:
     async def main() -> None:
         lifecycle = Lifecycle()
         loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+
+        def stop() -> None:
+            lifecycle.stopping.set()
+            if lifecycle.starting:
+                task.cancel()  # nothing to drain yet, whatever it waits for
+            _end_after(START_GRACE_SECONDS if lifecycle.starting else DRAIN_GRACE_SECONDS)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, lifecycle.stopping.set)
-        await serve(lifecycle)
+            loop.add_signal_handler(number, stop)
+        try:
+            await serve(lifecycle)
+        except asyncio.CancelledError:
+            if not lifecycle.stopping.is_set():
+                raise
+        except BaseException:
+            _end_after(DRAIN_GRACE_SECONDS)
+            raise
 
     try:
         asyncio.run(main())
@@ -66,6 +90,19 @@ def run(serve: Callable[[Lifecycle], Awaitable[None]]) -> int:
     finally:
         sys.stderr.flush()
     return 0
+
+
+def _end_after(seconds: float) -> None:
+    """Whatever hangs (a thread, a peer that never answers): the process ends by then."""
+
+    def end() -> None:
+        log.error("still not stopped after %.0f s: ending", seconds)
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -37,11 +37,15 @@ class SamplingSettings(Settings):
     group_size: int = Field(default=8, ge=1)
     """Responses per draw: the group over which advantages are normalised."""
     temperature: float = Field(default=1.0, gt=0)
+    """Softmax temperature of the sampling; training divides the logits by it, too."""
     max_tokens: int = Field(default=1024, ge=1)
     """Token limit of a response."""
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only 1: truncated sampling is refused, because the recorded log-probs would not be those of the sampler."""
+    top_k: int = Field(default=0, ge=0)
+    """Only 0, for the same reason."""
     logprob_mode: LogprobMode = "processed"
+    """processed: log-probs after temperature. raw: before, which is the same at temperature 1 alone."""
 
     @model_validator(mode="after")
     def _accounted_for(self) -> "SamplingSettings":
@@ -56,7 +60,7 @@ class SamplingSettings(Settings):
 
 
 class PacingSettings(Settings):
-    """How far sampling may run ahead of training (design: leases are granted by one rule, never by a clock)."""
+    """How far sampling may run ahead of training: leases are granted by these bounds, never by a clock."""
 
     lookahead: int | None = Field(default=None, ge=0)
     """Steps' worth of groups in flight beyond the one being filled: sets how old data usually are.
@@ -205,4 +209,8 @@ def _one_line(error: Exception) -> str:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(settings: dict[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(settings))

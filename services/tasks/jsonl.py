@@ -37,9 +37,13 @@ class Jsonl(Settings):
     held_out_path: Path | None = None
     """File with the held-out problems; default: a fraction of `path`."""
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of `path` that is held out, without held_out_path."""
     prompt_field: str = "prompt"
+    """Key of the prompt in each line."""
     answer_field: str = "answer"
+    """Key of the answer in each line."""
     match: Literal["exact", "number", "regex"] = "exact"
+    """exact: the whole response. number: its last number. regex: what `pattern` finds last."""
     pattern: str = ""
     """Regular expression of match: regex."""
 

@@ -4,8 +4,9 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -38,6 +39,13 @@ async def start(tmp_path: Path) -> AsyncIterator[Callable[..., LocalRun]]:
     yield make
     for run in runs:
         await run.stop()
+
+
+def answering(status: dict[str, Any]) -> Callable[[], Awaitable[dict[str, Any]]]:
+    async def answer() -> dict[str, Any]:
+        return status
+
+    return answer
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -84,10 +92,35 @@ async def test_a_configuration_error_stops_the_run_at_once(start: Callable[..., 
     assert run.children["learner"].restarts == 0
 
 
-async def test_a_learner_that_exits_0_has_done_its_work(start: Callable[..., LocalRun]) -> None:
+async def test_a_learner_that_exits_0_after_its_last_step_has_done_its_work(start: Callable[..., LocalRun]) -> None:
     run = start(learner="exit(0)")
+    run.control.status = answering({"learner": {"step": 5}, "steps": 5})  # type: ignore[method-assign]
     await run.start()
     await until(lambda: run.children["learner"].state == "done")
+    assert run.children["learner"].restarts == 0
+
+
+async def test_a_learner_that_somebody_stopped_before_its_last_step_is_restarted(
+    start: Callable[..., LocalRun],
+) -> None:
+    run = start(learner="exit(0)")
+    run.control.status = answering({"learner": {"step": 4}, "steps": 5})  # type: ignore[method-assign]
+    await run.start()
+    await until(lambda: run.children["learner"].restarts >= 1)
+
+
+async def test_a_view_that_cannot_be_drawn_does_not_end_the_run(start: Callable[..., LocalRun]) -> None:
+    run = start(ingest=FOREVER)
+    stop, drawn = asyncio.Event(), []
+
+    def draw(_: LocalRun) -> None:
+        drawn.append(1)
+        if len(drawn) == 2:
+            stop.set()
+        raise TypeError("unsupported format string passed to NoneType")
+
+    await run.start()
+    assert not await asyncio.wait_for(run.finished(stop, draw), 20)
 
 
 async def test_stop_ends_every_process_in_order(start: Callable[..., LocalRun], tmp_path: Path) -> None:
@@ -149,5 +182,5 @@ def test_set_aside_takes_the_first_free_name(tmp_path: Path) -> None:
 def test_secrets_of_a_run_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
     from services.run_directory import LocalServices
 
-    LocalServices(1, "http://x", "x:1", "redis://:secret@x", "token", {}).write(tmp_path)
+    LocalServices(1, 0.0, "http://x", "x:1", "redis://:secret@x", "token", {}).write(tmp_path)
     assert (tmp_path / "services.json").stat().st_mode & 0o077 == 0

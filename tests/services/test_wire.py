@@ -248,3 +248,9 @@ def test_an_unknown_version_or_one_of_another_step_is_refused() -> None:
         check_against_run(both, vocabulary=20, versions={3: 30})
     with pytest.raises(InvalidTrajectory, match="policy version 4 comes from step 41, not 40"):
         check_against_run(both, vocabulary=20, versions={3: 30, 4: 41})
+
+
+def test_reward_components_whose_sum_overflows_are_refused() -> None:
+    """Each is finite, the reward is not: it would poison the group's advantages."""
+    with pytest.raises(InvalidTrajectory, match="sum of the reward components"):
+        trajectory(rewards={"a": 1.7e308, "b": 1.7e308})

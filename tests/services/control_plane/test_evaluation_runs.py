@@ -63,13 +63,13 @@ async def test_the_second_policy_is_published_as_soon_as_the_first_is_evaluated(
     running: Running, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = await Learner(running).start()
-    wait, held = running.plane._wait_for_event, asyncio.Event()
+    wait, held = plane_module._wait, asyncio.Event()
 
-    async def observed(seen: int, seconds: float) -> None:
+    async def observed(changed: asyncio.Event, seconds: float) -> None:
         held.set()
-        await wait(seen, seconds)
+        await wait(changed, seconds)
 
-    monkeypatch.setattr(running.plane, "_wait_for_event", observed)
+    monkeypatch.setattr(plane_module, "_wait", observed)
     second = asyncio.create_task(learner.publish(1))
     async with asyncio.timeout(5):
         await held.wait()

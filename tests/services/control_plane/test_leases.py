@@ -176,14 +176,14 @@ async def test_many_waiting_workers_cost_redis_no_more_than_a_few(
 ) -> None:
     pauses: list[float] = []
 
-    async def wait(seen: int, seconds: float) -> None:
+    async def wait(changed: asyncio.Event, seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr(running.plane, "_wait_for_event", wait)
+    monkeypatch.setattr(plane_module, "_wait", wait)
     far = time.monotonic() + 1000
     for workers in (1, 8, 80):
         monkeypatch.setattr(running.plane, "_waiting", workers - 1)
-        await running.plane._wait_for_change(0, far)
+        await running.plane._wait_for_change(asyncio.Event(), far)
     assert pauses == [0.1, 0.1, 1.0]
 
 

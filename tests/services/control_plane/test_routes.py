@@ -1,6 +1,7 @@
 """The HTTP API against a running server: who may ask, what errors look like, blobs by range, events."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ import pytest_asyncio
 
 from sapo_learner.errors import ConfigError, Mismatch, Unauthenticated
 from services.runtime.client import ControlPlaneClient
+from services.runtime.http import MAX_BODY_BYTES
 from services.runtime.settings import RunConfig
 from tests.small_run import TOKEN, Learner, Running, heartbeat, lease_request, sha256
 
@@ -216,3 +218,39 @@ async def test_event_streams_end_at_once_when_the_process_closes(
         async for _ in lines:
             pass
         assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("token", "headers", "status"),
+    [
+        ("wrong", f"Content-Length: {MAX_BODY_BYTES + 1}", 401),
+        (TOKEN, f"Content-Length: {MAX_BODY_BYTES + 1}", 422),
+        (TOKEN, "Transfer-Encoding: chunked", 422),
+    ],
+)
+async def test_a_large_body_is_refused_before_it_is_read(
+    running: Running, token: str, headers: str, status: int
+) -> None:
+    host, port = running.url.removeprefix("http://").split(":")
+    async with asyncio.timeout(5):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST /v1/leases HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n{headers}\r\n\r\n"
+        writer.write(head.encode())  # and no body at all
+        assert int((await reader.readline()).split()[1]) == status
+        writer.close()
+
+
+async def test_event_streams_that_break_off_hold_nobody_up(http: httpx.AsyncClient, running: Running) -> None:
+    """Each disconnect cancels a wait, again and again; a lock that is lost on the way would stop every lease."""
+
+    async def listen_and_leave() -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.02), http.stream("GET", "/v1/events") as stream:
+                async for _ in stream.aiter_bytes():
+                    running.plane._notify()
+
+    for _ in range(10):
+        await asyncio.gather(*(listen_and_leave() for _ in range(10)))
+        async with asyncio.timeout(5):
+            await running.client.status()
+            await running.client.lease(lease_request("a", 1, wait_seconds=0.01))

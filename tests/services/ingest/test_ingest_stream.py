@@ -171,6 +171,8 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "task": ({"task": "chess"}, "task is 'chess', the run's is 'arithmetic'"),
     "group size": ({"trajectories": (trajectory(),)}, "number of responses is 1, the run's is 2"),
     "temperature": ({"sampling": SamplingParameters(0.7, 8)}, "sampling.temperature is 0.7"),
+    "length": ({"trajectories": (trajectory((5,) * 9),) * 2}, "9 sampled tokens, sampling.max_tokens is 8"),
+    "context": ({"prompt_ids": np.full(63, 5, np.int32)}, "the model's context is 64"),
     "max_tokens": ({"sampling": SamplingParameters(1.0, 9)}, "sampling.max_tokens is 9"),
 }
 

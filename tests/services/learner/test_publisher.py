@@ -69,6 +69,7 @@ async def test_what_is_published_is_the_weights_at_that_step(
     assert request.token == 7
     assert request.facts == {
         "vocabulary": str(policy.vocabulary),
+        "context": "256",
         "model_digest": manifest.model_digest,
         "tokenizer_digest": manifest.tokenizer_digest,
     }
