@@ -54,7 +54,7 @@ def serve_ingest(
 
 @app.command("learner")
 def serve_learner(http_listen: HttpListen = ANY_PORT) -> None:
-    """Trains. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN. Exits with 0 after the run's last step.
+    """Trains. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN. Exits with 0 once the run is finished.
 
     Example:
 

@@ -41,6 +41,7 @@ def summarise(directory: Path, *, seed: int, ledger_balanced: bool) -> dict[str,
         "base_pass_at_1": first and first["pass_at_1"],
         "final_pass_at_1": last and last["pass_at_1"],
         "ceiling_pass_at_1": warm_start and warm_start["ceiling"]["mean"],
+        "ceiling_standard_error": warm_start and warm_start["ceiling"]["standard_error"],
         "base_standard_error": first and first["standard_error"],
         "final_standard_error": last and last["standard_error"],
         "evaluation_samples": last and last["samples"],
@@ -108,7 +109,7 @@ def print_report(console: Console, summary: dict[str, Any], path: Path) -> None:
         console.print("(of the first problems, those whose answer changed)", style="dim")
     figures = [f"base {_percent(summary, 'base')}", f"after RL [bold]{_percent(summary, 'final')}[/bold]"]
     if summary["ceiling_pass_at_1"] is not None:
-        figures.append(f"ceiling {100 * summary['ceiling_pass_at_1']:.1f} %")
+        figures.append(f"ceiling {_percent(summary, 'ceiling')}")
     console.print(f"\nheld-out pass@1: {' -> '.join(figures)}", highlight=False)
     if summary["ceiling_pass_at_1"] is not None:
         console.print(

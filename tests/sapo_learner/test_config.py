@@ -224,3 +224,11 @@ def test_an_unknown_objective_option_lists_what_exists():
     ) as error:
         build("sapo", tau_negative=1.0)
     assert "known: tau_neg, tau_pos" in str(error.value)
+
+
+def test_constant_aggregation_names_its_constant():
+    with pytest.raises(ConfigError, match="belong together"):
+        load_config(None, ["aggregation.mode=constant"])
+    with pytest.raises(ConfigError, match="belong together"):
+        load_config(None, ["aggregation.length=8"])
+    assert load_config(None, ["aggregation.mode=constant", "aggregation.length=8"]).aggregation.length == 8

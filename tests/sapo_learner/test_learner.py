@@ -90,11 +90,12 @@ def wider(microbatch: Microbatch, columns: int) -> Microbatch:
 
 
 @pytest.mark.parametrize("normalise_by", ["step", "signal"])
-@pytest.mark.parametrize("mode", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("mode", ["sequence_mean", "token_mean", "constant"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_i8_microbatches_order_and_padding_do_not_change_the_gradient(objective, mode, normalise_by):
     policy = double_policy()
-    settings = settings_of(objective, aggregation={"mode": mode, "normalise_by": normalise_by})
+    length = {"length": 7} if mode == "constant" else {}
+    settings = settings_of(objective, aggregation={"mode": mode, "normalise_by": normalise_by, **length})
     groups = [*(random_group(draw) for draw in range(3)), degenerate_group(3)]
     whole = batch_of(groups, settings)
     expected = gradients(policy, settings, whole)

@@ -30,7 +30,7 @@ def evaluation(at: int, mean: float, answer: str) -> dict[str, Any]:
 def directory(tmp_path: Path) -> Path:
     lines = [
         {"kind": "session", "time": 100.0},
-        {"kind": "warm_start", "time": 100.5, "ceiling": {"mean": 0.95}},
+        {"kind": "warm_start", "time": 100.5, "ceiling": {"mean": 0.95, "standard_error": 0.005}},
         evaluation(0, 0.3, ">9") | {"time": 100.8},
         step(1, tokens=999, policy_age_max=99),
         {"kind": "session", "time": 500.0},  # the pause before it is not the run's time
