@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from sapo_learner.archive import Archive
+from sapo_learner.archive import Archive, Entry
 from sapo_learner.control import GROUP
 from sapo_learner.errors import NotFound
 from sapo_learner.ledger import Ledger, LedgerReport, audit, epoch_coverage
@@ -104,15 +104,7 @@ async def audit_run(directory: Path) -> LedgerReport:
 
     config = run_config(directory)
     async with AsyncExitStack() as stack:
-        services = live_services(directory)
-        if services:
-            url = services.redis_url
-        elif external := Environment().redis_url.get_secret_value():
-            url = external
-        elif (directory / "redis").is_dir():
-            url = await stack.enter_async_context(EmbeddedRedis(directory / "redis"))
-        else:
-            raise NotFound("no Redis of a run there", where=str(directory), fix="set SAPO_REDIS_URL to the run's Redis")
+        url = await _redis_url(directory, stack)
         store = await stack.enter_async_context(await RunStore.connect(url, config.run.name))
         try:
             newest = checkpoint.load_newest(directory / "checkpoints").state
@@ -123,23 +115,41 @@ async def audit_run(directory: Path) -> LedgerReport:
         # is in both counts once, as archived.
         state = await store.state()
         streamed = await store.read(0, state.unread_entries) if state.unread_entries else []
-        archive = Archive(directory / "archive", None)
-        draws, archived, last = [], 0, 0
-        for entry in archive.entries():
-            if entry.sequence <= state.sequence:
-                draws += [entry.draw] if entry.kind == GROUP else []
-                archived += entry.sequence > cursor
-                last = entry.sequence
-        unread = [entry for entry in streamed if last < entry.sequence <= state.sequence]
-        draws += [entry.draw for entry in unread if entry.kind == GROUP]
+        archived = [_Seen(entry) for entry in Archive(directory / "archive", None).entries()]
+        archived = [each for each in archived if each.sequence <= state.sequence]
+        last = archived[-1].sequence if archived else 0
+        unread = [_Seen(entry) for entry in streamed if last < entry.sequence <= state.sequence]
+        draws = [each.draw for each in archived + unread if each.draw is not None]
         open_draws = {lease.draw for lease in state.leases} | state.reoffered
         report = audit(
-            ledger, cursor=cursor, accepted=state.sequence, archived=archived, streamed=len(unread), draws=draws,
-            open_draws=open_draws, next_draw=state.next_draw,
+            ledger, cursor=cursor, accepted=state.sequence, archived=sum(each.sequence > cursor for each in archived),
+            streamed=len(unread), draws=draws, open_draws=open_draws, next_draw=state.next_draw,
         )  # fmt: skip
         problems = build(config.task).problems("train")
         report.problems.extend(epoch_coverage(draws, len(problems), next_draw=state.next_draw, open_draws=open_draws))
         return report
+
+
+class _Seen:
+    """What the audit keeps of an entry: not its payload."""
+
+    __slots__ = ("draw", "sequence")
+
+    def __init__(self, entry: Entry) -> None:
+        self.sequence = entry.sequence
+        self.draw = entry.draw if entry.kind == GROUP else None
+
+
+async def _redis_url(directory: Path, stack: AsyncExitStack) -> str:
+    """The run's Redis: the one that serves it, the external one, or the embedded one, started for the while."""
+    services = live_services(directory)
+    if services:
+        return services.redis_url
+    if external := Environment().redis_url.get_secret_value():
+        return external
+    if (directory / "redis").is_dir():
+        return await stack.enter_async_context(EmbeddedRedis(directory / "redis"))
+    raise NotFound("no Redis of a run there", where=str(directory), fix="set SAPO_REDIS_URL to the run's Redis")
 
 
 async def load_any_policy(name: str) -> tuple["Policy", RunConfig | None]:

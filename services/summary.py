@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +14,65 @@ from services.control_plane.record import read
 Interval = tuple[float, float]
 
 
+@dataclass
+class _Run:
+    """A run's record, taken apart; of a step or evaluation that was done twice, the last line."""
+
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    busy: list[Interval] = field(default_factory=list)
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    ceiling: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # without the time between sessions
+
+    @classmethod
+    def read(cls, path: Path) -> "_Run":
+        run, previous = cls(), None
+        for line in read(path):
+            match line["kind"]:
+                case "step":
+                    run.steps[line["step"]] = line
+                case "evaluation":
+                    run.evaluations[line["step"]] = line
+                case "busy":
+                    run.busy += [(start, end) for start, end in line["intervals"]]
+                case "probe":
+                    run.probes.append(line)
+                case "warm_start":
+                    run.ceiling = line["ceiling"]
+            if previous is not None and line["kind"] != "session":
+                run.seconds += line["time"] - previous
+            previous = line["time"]
+        return run
+
+
 def summarise(directory: Path, *, seed: int, ledger_balanced: bool) -> dict[str, Any]:
     """The figures of the run in `directory`; what was not measured is None."""
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
-    busy: list[Interval] = []
-    probes, sessions, warm_start, previous = [], 0.0, None, None
-    for line in read(directory / "record.jsonl"):
-        match line["kind"]:
-            case "step":
-                steps[line["step"]] = line
-            case "evaluation":
-                evaluations[line["step"]] = line
-            case "busy":
-                busy += [(start, end) for start, end in line["intervals"]]
-            case "probe":
-                probes.append(line)
-            case "warm_start":
-                warm_start = line
-        if previous is not None and line["kind"] != "session":
-            sessions += line["time"] - previous
-        previous = line["time"]
-    first, last = evaluations.get(0), evaluations.get(max(steps, default=0))
-    tokens = sum(step["tokens"] for step in steps.values())
-    aged = sum(step["policy_age_mean"] * step["tokens"] for step in steps.values())
+    run = _Run.read(directory / "record.jsonl")
+    steps = list(run.steps.values())
+    first, last = run.evaluations.get(0, {}), run.evaluations.get(max(run.steps, default=0), {})
+    tokens = sum(step["tokens"] for step in steps)
+    aged = sum(step["policy_age_mean"] * step["tokens"] for step in steps)
     return {
-        "base_pass_at_1": first and first["pass_at_1"],
-        "final_pass_at_1": last and last["pass_at_1"],
-        "ceiling_pass_at_1": warm_start and warm_start["ceiling"]["mean"],
-        "ceiling_standard_error": warm_start and warm_start["ceiling"]["standard_error"],
-        "base_standard_error": first and first["standard_error"],
-        "final_standard_error": last and last["standard_error"],
-        "evaluation_samples": last and last["samples"],
-        "steps": max(steps, default=0),
-        "wall_seconds": sessions,
+        "base_pass_at_1": first.get("pass_at_1"),
+        "final_pass_at_1": last.get("pass_at_1"),
+        "ceiling_pass_at_1": run.ceiling.get("mean"),
+        "base_standard_error": first.get("standard_error"),
+        "final_standard_error": last.get("standard_error"),
+        "ceiling_standard_error": run.ceiling.get("standard_error"),
+        "evaluation_samples": last.get("samples"),
+        "steps": max(run.steps, default=0),
+        "wall_seconds": run.seconds,
         "tokens_trained": tokens,
         "policy_age_mean": aged / tokens if tokens else None,
-        "policy_age_max": max((step["policy_age_max"] for step in steps.values()), default=None),
-        "stale": sum(step["outcomes"].get("stale", 0) for step in steps.values()),
-        "mixed_version_responses": sum(step["mixed_version_responses"] for step in steps.values()),
-        "sampling_overlap": overlap([(step["started"], step["ended"]) for step in steps.values()], busy),
+        "policy_age_max": max((step["policy_age_max"] for step in steps), default=None),
+        "stale": sum(step["outcomes"].get("stale", 0) for step in steps),
+        "mixed_version_responses": sum(step["mixed_version_responses"] for step in steps),
+        "sampling_overlap": overlap([(step["started"], step["ended"]) for step in steps], run.busy),
         "ledger_balanced": ledger_balanced,
-        "engine_logprob_max_abs_diff": max((probe["max_abs_diff"] for probe in probes), default=None),
-        "engine_logprob_probes": len(probes),
-        "engine_logprob_mixed_version_responses": sum(probe["mixed_version_responses"] for probe in probes),
+        "engine_logprob_max_abs_diff": max((probe["max_abs_diff"] for probe in run.probes), default=None),
+        "engine_logprob_probes": len(run.probes),
+        "engine_logprob_mixed_version_responses": sum(probe["mixed_version_responses"] for probe in run.probes),
         "seed": seed,
         "examples": _examples(first, last),
     }
@@ -88,7 +104,7 @@ def _merge(intervals: Iterable[Interval]) -> list[Interval]:
     return merged
 
 
-def _examples(first: dict[str, Any] | None, last: dict[str, Any] | None) -> list[dict[str, str]]:
+def _examples(first: dict[str, Any], last: dict[str, Any]) -> list[dict[str, str]]:
     """Held-out problems with both policies' answers, those that changed first."""
     if not first or not last:
         return []
@@ -110,7 +126,7 @@ def print_report(console: Console, summary: dict[str, Any], path: Path) -> None:
     figures = [f"base {_percent(summary, 'base')}", f"after RL [bold]{_percent(summary, 'final')}[/bold]"]
     if summary["ceiling_pass_at_1"] is not None:
         figures.append(f"ceiling {_percent(summary, 'ceiling')}")
-    console.print(f"\nheld-out pass@1: {' -> '.join(figures)}", highlight=False)
+    console.print(f"\nheld-out pass@1: {' -> '.join(figures)}", highlight=False, soft_wrap=True)
     if summary["ceiling_pass_at_1"] is not None:
         console.print(
             "What was taught: the base policy can calculate, but has the habit of guessing without writing the "
@@ -130,6 +146,7 @@ def print_report(console: Console, summary: dict[str, Any], path: Path) -> None:
         f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; "
         f"ledger {'balances' if summary['ledger_balanced'] else 'DOES NOT BALANCE'}; {path}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
