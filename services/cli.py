@@ -1,9 +1,12 @@
 """`sapo`: the command line. Every command has --help with examples; errors are one sentence and an exit code."""
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: end, without a traceback
+
 import asyncio
 import json
 import logging
-import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,6 +20,8 @@ from services.runtime.client import ControlPlaneClient
 from services.runtime.settings import Environment, dump_yaml, load_config
 from services.serve import ConfigFile, Set
 from services.serve import app as serve_app
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
