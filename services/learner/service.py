@@ -121,7 +121,7 @@ class _Service:
             ]
             try:
                 await asyncio.to_thread(session.run, publish, report)
-                await self._news.join()
+                await self._deliver_news()
                 if not self._lifecycle.stopping.is_set():  # else it is published when the run goes on
                     await publisher.drain()
                     await self._guard()
@@ -134,6 +134,17 @@ class _Service:
             async with asyncio.timeout(FAREWELL_SECONDS):
                 await self._report("finished" if step >= steps else "stopped")
         log.info("%s at step %d", "finished" if step >= steps else "stopped", step)
+
+    async def _deliver_news(self) -> None:
+        """Every step's figures reach the record; but a process that shall stop does not wait long for that."""
+        stopping = asyncio.create_task(self._lifecycle.stopping.wait())
+        joined = asyncio.create_task(self._news.join())
+        await asyncio.wait([joined, stopping], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([joined], timeout=FAREWELL_SECONDS)
+        if not joined.done():
+            log.warning("the figures of %d steps did not reach the record in time", self._news.qsize() + 1)
+        for task in (joined, stopping):
+            task.cancel()
 
     async def _guard(self) -> None:
         """Keep the log until the last evaluation is done, too: only a learner can rebuild it when Redis is lost."""

@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
+from sapo_learner import checkpoint
+
 STEPS, GROUPS_PER_STEP, GROUP_SIZE, MAX_POLICY_AGE = 70, 16, 8, 4
 SETTINGS = {
     "run.name": "stack",
@@ -55,6 +57,7 @@ class Stack:
     killed: list[str] = field(default_factory=list)
     interrupted_at: int = 0
     resumed_at: int = 0
+    lines_before: int = 0  # of steps in the record, when the run was taken up again
     live_ledgers: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
     by_url: subprocess.CompletedProcess[str] | None = None  # `sapo eval URL` while the run went on
@@ -110,7 +113,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
         wait_until(lambda: last_step(stack) >= 6, seconds=120, what="step 6", process=process)
         process.send_signal(signal.SIGINT)
         end(stack, process)
-    stack.interrupted_at = last_step(stack)
+    stack.interrupted_at = checkpoint.list_whole(stack.directory / "checkpoints")[0].step
+    stack.lines_before = len(stack.lines("step"))
 
     with running(stack, [*command, *(f"--set={key}={value}" for key, value in CHANGED.items())]) as process:
         attack(stack, process)
@@ -160,7 +164,7 @@ def last_step(stack: Stack) -> int:
 def attack(stack: Stack, process: subprocess.Popen[str]) -> None:
     """kill -9 of every process, one after the other, each time after the run has gone on; look in meanwhile."""
     first = wait_until(
-        lambda: next((line for line in stack.lines("step")[stack.interrupted_at :]), None), seconds=60,
+        lambda: next((line for line in stack.lines("step")[stack.lines_before :]), None), seconds=60,
         what="a step after resuming", process=process,
     )  # fmt: skip
     stack.resumed_at = int(first["step"])
