@@ -10,7 +10,8 @@
     ├── Unavailable                 8  UNAVAILABLE / 503           a peer cannot be reached or is not ready yet
     └── Corrupt                     9  DATA_LOSS / 500             a file or a log that does not check out
 
-Add a class only when a caller must treat it differently. The message says what is wrong, where, and what to do.
+Add a class only when a caller must treat it differently. Its docstring is what `sapo --help` says of its exit code.
+The message says what is wrong, where, and what to do.
 """
 
 
@@ -27,32 +28,48 @@ class SapoError(Exception):
 
 
 class ConfigError(SapoError):
+    """a setting, an argument or the environment is wrong"""
+
     code, http_status, exit_code = "INVALID_ARGUMENT", 422, 2
 
 
 class InvalidTrajectory(SapoError):
+    """a trajectory group that must not enter the log"""
+
     code, http_status, exit_code = "INVALID_ARGUMENT", 422, 3
 
 
 class Unauthenticated(SapoError):
+    """wrong or missing token"""
+
     code, http_status, exit_code = "UNAUTHENTICATED", 401, 4
 
 
 class NotFound(SapoError):
+    """no such run, policy, version, blob or file"""
+
     code, http_status, exit_code = "NOT_FOUND", 404, 5
 
 
 class Mismatch(SapoError):
+    """digests, tokenizer or model differ from the run's"""
+
     code, http_status, exit_code = "FAILED_PRECONDITION", 409, 6
 
 
 class Fenced(SapoError):
+    """a newer writer has taken over"""
+
     code, http_status, exit_code = "ABORTED", 409, 7
 
 
 class Unavailable(SapoError):
+    """a peer cannot be reached or is not ready yet, or disk or memory is full; trying again may help"""
+
     code, http_status, exit_code = "UNAVAILABLE", 503, 8
 
 
 class Corrupt(SapoError):
+    """a file or the log does not check out"""
+
     code, http_status, exit_code = "DATA_LOSS", 500, 9

@@ -61,7 +61,7 @@ class TensorEntry(Settings):
 class Manifest(Settings):
     version: int | None = None
     """Number under which the registry published it; None before that."""
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, le=1 << 53)
     """Optimizer step the weights come from."""
     digest: Sha256
     """`policy_digest` of the tensors."""

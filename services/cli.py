@@ -5,33 +5,35 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: end, without a traceback
 
 import asyncio
-import json
+import io
 import logging
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sapo_learner.errors import ConfigError, NotFound, SapoError
-from services.runtime.client import ControlPlaneClient
-from services.runtime.settings import Environment, dump_yaml, load_config
-from services.serve import ConfigFile, Set
+from sapo_learner.errors import ConfigError, Unavailable
+from services import terminal
+from services.history import app as history_app
+from services.runtime.settings import dump_yaml, load_config
+from services.serve import PLAIN_HELP, ConfigFile, Set
 from services.serve import app as serve_app
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
-    help="Asynchronous RL post-training with SAPO. Start with `sapo up deploy/examples/demo.yaml`.",
+    **PLAIN_HELP,
+    help="Asynchronous RL post-training with SAPO. Start with `sapo up deploy/examples/demo.yaml`.\n\n"
+    "Results go to standard output, progress and errors to standard error; where a command has --json, its result "
+    "is one line of JSON.",
+    epilog=terminal.exit_code_table(),
 )  # fmt: skip
 app.add_typer(serve_app, name="serve")
-console = Console()
+app.add_typer(history_app)
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or a control plane's URL.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.command()
@@ -45,23 +47,37 @@ def up(
         str | None,
         typer.Option("--from", metavar="POLICY", help="Begin a new run with RUN, RUN@STEP or a model directory."),
     ] = None,
+    back_to: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="STEP", help="Go on from this kept checkpoint; what came after it is left."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the closing report as JSON; progress goes to standard error.")
+    ] = False,
 ) -> None:
     """Run everything on this machine: Redis, control plane, ingest, learner and rollout workers.
 
     Ctrl-C drains and stops; the same command goes on where it stopped, also with changed settings: those that may
-    change in mid-run count from the next step, the others are refused with a list.
+    change in mid-run count from the next step, the others are refused with a list. Paths in the file are relative to
+    the working directory.
 
+    \b
     Examples:
-
-        sapo up deploy/examples/demo.yaml
-
-        sapo up deploy/examples/demo.yaml --set run.seed=1 --set run.name=demo-1
-
-        sapo up deploy/examples/demo.yaml --set run.name=second --from runs/demo@150
+      sapo up deploy/examples/demo.yaml
+      sapo up deploy/examples/demo.yaml --set run.seed=1 --set run.name=demo-1
+      sapo up deploy/examples/demo.yaml --set run.name=second --from runs/demo@150
+      sapo up deploy/examples/demo.yaml --back-to 100 --set optimizer.learning_rate=5e-5
+      sapo up run.yaml --json > report.json
     """
+    from services.preflight import find_beside
     from services.up import up as run_up
 
-    raise typer.Exit(asyncio.run(run_up(load_config(config, overrides), console, again=again, start_from=start_from)))
+    resolved = load_config(config, overrides)
+    find_beside(resolved, config)
+    console = terminal.console(stderr=as_json)
+    report = terminal.print_json if as_json else None
+    run = run_up(resolved, console, again=again, start_from=start_from, back_to=back_to, report=report)
+    raise typer.Exit(asyncio.run(run))
 
 
 @app.command("config")
@@ -69,46 +85,56 @@ def show_config(
     config: Annotated[Path | None, typer.Argument(metavar="[RUN_YAML]", help="Default: no file, all defaults.")] = None,
     overrides: Set = [],  # noqa: B006
     explain: Annotated[str | None, typer.Option(metavar="KEY", help="Say what a setting or section means.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check a configuration and print it in full, every default included; or explain a setting.
 
+    \b
     Examples:
-
-        sapo config > run.yaml
-
-        sapo config run.yaml --set objective.tau_neg=1.1
-
-        sapo config --explain training.max_policy_age
+      sapo config > run.yaml
+      sapo config run.yaml --set objective.tau_neg=1.1
+      sapo config run.yaml --json
+      sapo config --explain training.max_policy_age
     """
     if explain is not None:
         from services.explain import explain as explain_key
 
-        typer.echo("\n".join(explain_key(explain)))
+        lines = explain_key(explain)
+        terminal.print_json({"key": explain, "lines": lines}) if as_json else typer.echo("\n".join(lines))
         return
-    from services.preflight import check
+    from services.preflight import check, find_beside
 
-    typer.echo(dump_yaml(check(load_config(config, overrides))), nl=False)
+    resolved = load_config(config, overrides)
+    if config is not None:
+        find_beside(resolved, config)
+    settings = check(resolved, terminal.warn)
+    terminal.print_json(settings) if as_json else typer.echo(dump_yaml(settings), nl=False)
 
 
 @app.command()
 def status(run: Run, as_json: AsJson = False) -> None:
-    """What runs, how far it is, who waits for what.
+    """What runs since when, how far it is, who waits for what.
 
+    Of a directory whose `sapo up` has stopped: how far it got.
+
+    \b
     Examples:
-
-        sapo status runs/demo
-
-        SAPO_TOKEN=... sapo status http://control-plane:8080 --json
+      sapo status runs/demo
+      SAPO_TOKEN=... sapo status http://control-plane:8080 --json
     """
+    from services.health import ask, processes
     from services.run_directory import live_services, stopped_status
-    from services.view import print_status
+    from services.status_report import print_status
 
     directory = Path(run)
-    if (directory / "run.yaml").is_file() and live_services(directory) is None:
+    services = live_services(directory)
+    if services is None and (directory / "run.yaml").is_file():
         answer = stopped_status(directory)
     else:
-        answer = asyncio.run(_ask(run, lambda control: control.status()))
-    typer.echo(json.dumps(answer)) if as_json else print_status(console, answer)
+        answer = asyncio.run(ask(run, lambda control: control.status()))
+        if services is not None:
+            answer["processes"] = asyncio.run(processes(services))
+    terminal.print_json(answer) if as_json else print_status(terminal.console(), answer)
 
 
 @app.command()
@@ -117,42 +143,50 @@ def ledger(run: Run, as_json: AsJson = False) -> None:
 
     A directory is audited in full, entry by entry, also while it runs or after it stopped; a URL gives counts.
 
+    \b
     Examples:
-
-        sapo ledger runs/demo
-
-        sapo ledger runs/demo --json
+      sapo ledger runs/demo
+      sapo ledger runs/demo --json
     """
-    if run.startswith(("http://", "https://")):
-        report = asyncio.run(_ask(run, lambda control: control.ledger()))
-    else:
-        from services.run_directory import audit_run
+    from services.health import ask
+    from services.run_directory import audit_run, is_url
 
-        report = asyncio.run(audit_run(Path(run))).to_dict()
-    if as_json:
-        typer.echo(json.dumps(report))
+    if is_url(run):
+        report = asyncio.run(ask(run, lambda control: control.ledger()))
     else:
-        for key, value in report.items():
-            console.print(f"{key:>12}  {value}", highlight=False)
+        report = asyncio.run(audit_run(Path(run))).to_dict()
+    if "balanced" not in report:
+        raise Unavailable("something answers there that is no control plane", where=run, fix="is it the address?")
+    if as_json:
+        terminal.print_json(report)
+    else:
+        typer.echo("\n".join(f"{key:>12}  {value}" for key, value in report.items()))
     raise typer.Exit(0 if report["balanced"] else 1)
 
 
 @app.command()
 def health(
     address: Annotated[str, typer.Argument(help="http://HOST:PORT of any service, or HOST:PORT of ingest's gRPC.")],
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 5.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 5.0,
+    as_json: AsJson = False,
 ) -> None:
     """Ask one process whether it is ready; exits with 0 if it is and with 8 if it is not, saying for what it waits.
 
+    \b
     Examples:
-
-        sapo health http://127.0.0.1:8080
-
-        sapo health 127.0.0.1:8081
+      sapo health http://127.0.0.1:8080
+      sapo health 127.0.0.1:8081
+      sapo health http://127.0.0.1:8080 --json
     """
-    from services.health import check
+    from services.health import waiting_for
 
-    typer.echo(asyncio.run(check(address, timeout)))
+    waits = asyncio.run(waiting_for(address, timeout))
+    if as_json:
+        terminal.print_json({"ready": not waits, "waiting_for": waits})
+        raise typer.Exit(Unavailable.exit_code if waits else 0)
+    if waits:
+        raise Unavailable(f"not ready: waits for {', '.join(waits)}", where=address)
+    typer.echo("ready")
 
 
 Policy = Annotated[
@@ -178,20 +212,18 @@ def evaluate(
 ) -> None:
     """Held-out pass@1 of a policy, with its standard error.
 
+    \b
     Examples:
-
-        sapo eval runs/demo
-
-        sapo eval runs/demo@140 --samples 500 --json
-
-        sapo eval path/to/model --set task.name=jsonl --set task.path=problems.jsonl
+      sapo eval runs/demo
+      sapo eval runs/demo@140 --samples 500 --json
+      sapo eval path/to/model --set task.name=jsonl --set task.path=problems.jsonl
     """
     from services.offline import evaluate as run_evaluation
 
     given = load_config(config, overrides)
     result = asyncio.run(run_evaluation(policy, given, samples=samples, temperature=temperature, seed=seed))
     if as_json:
-        typer.echo(json.dumps(result))
+        terminal.print_json(result)
     else:
         typer.echo(
             f"pass@1 {result['pass_at_1']:.4f} ± {result['standard_error']:.4f}  "
@@ -207,15 +239,14 @@ def sample(
     temperature: Temperature = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a response.")] = 64,
     seed: Seed = 0,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per response.")] = False,
 ) -> None:
     """Sample responses to a prompt, with the log-prob of every token.
 
+    \b
     Examples:
-
-        sapo sample runs/demo --prompt '7+5-3='
-
-        sapo sample path/to/model --prompt 'Once upon' --count 4 --temperature 0.7 --json
+      sapo sample runs/demo --prompt '7+5-3='
+      sapo sample path/to/model --prompt 'Once upon' --count 4 --temperature 0.7 --json
     """
     from services.offline import sample as run_sample
 
@@ -224,41 +255,18 @@ def sample(
     )
     for response in responses:
         if as_json:
-            typer.echo(json.dumps(response))
+            terminal.print_json(response)
         else:
             typer.echo(f"{prompt}{response['text']}   ({response['logprob']:.3f} nats, {response['finish_reason']})")
 
 
-async def _ask(run: str, question: Callable[[ControlPlaneClient], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-    """Put a question to a run's control plane, found by its directory or URL."""
-    from services.run_directory import live_services
-
-    if run.startswith(("http://", "https://")):
-        url, token = run, Environment().require("token")
-    else:
-        if not Path(run).is_dir():
-            raise NotFound("no such directory", where=run, fix="give runs/NAME or a control plane's URL")
-        services = live_services(Path(run))
-        if services is None:
-            raise NotFound(
-                "no `sapo up` runs on this directory", where=run, fix="`sapo ledger` also reads a stopped run"
-            )
-        url, token = services.control_plane_url, services.token
-    async with ControlPlaneClient(url, token, patience=3.0) as control:
-        return await question(control)
-
-
 def main() -> None:
-    """Entry point: errors as one line on standard error, and their exit code."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sapo ... | head` ends quietly
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        app()
-    except SapoError as error:
-        print(f"sapo: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Entry point of the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no error
+    logging.basicConfig(level=logging.WARNING, format="sapo: %(message)s")
+    sys.exit(terminal.run(app))
 
 
 if __name__ == "__main__":

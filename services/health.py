@@ -1,33 +1,49 @@
-"""`sapo health ADDRESS`: the readiness of one process, over HTTP or the standard gRPC health service."""
+"""Questions to processes from outside: is one ready, what do those of a `sapo up` wait for, what does a run say."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
+import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sapo_learner.errors import Unavailable
+from sapo_learner.errors import NotFound, SapoError, Unavailable
+from services.run_directory import LocalServices, is_url, live_services, require_url, run_config
+from services.runtime.client import ControlPlaneClient
 from services.runtime.http import parse_address
+from services.runtime.settings import Environment
+
+PROBE_SECONDS, PATIENCE_SECONDS = 2.0, 3.0
+Question = Callable[[ControlPlaneClient], Awaitable[dict[str, Any]]]
 
 
-async def check(address: str, timeout: float) -> str:
-    """ "ready"; raises Unavailable with what the process waits for, or why it cannot be asked."""
-    return await (_http if address.startswith(("http://", "https://")) else _grpc)(address, timeout)
+async def waiting_for(address: str, timeout: float) -> list[str]:
+    """What a process waits for, [] when it is ready; raises Unavailable when it gives no answer."""
+    return await (_http if is_url(address) else _grpc)(address, timeout)
 
 
-async def _http(address: str, timeout: float) -> str:
+async def _http(address: str, timeout: float) -> list[str]:
+    require_url(address)
     try:
         async with httpx.AsyncClient(timeout=timeout) as client:
             response = await client.get(f"{address.rstrip('/')}/readyz")
-            waiting = response.json().get("waiting_for", [])
-    except (httpx.HTTPError, ValueError, AttributeError) as error:
+            body = response.json()
+            ready, waits = bool(body["ready"]), [str(each) for each in body["waiting_for"]]
+    except httpx.HTTPError as error:
         raise Unavailable(
             f"no answer: {error or type(error).__name__}", where=address, fix="is it running there?"
         ) from None
-    if response.status_code != 200:
-        raise Unavailable(f"not ready: waits for {', '.join(waiting) or 'something'}", where=address)
-    return "ready"
+    except (ValueError, KeyError, TypeError):
+        raise Unavailable(
+            f"HTTP {response.status_code}, but no answer of a service of ours", where=address, fix="is it the address?"
+        ) from None
+    return [] if ready else waits or ["something it does not name"]
 
 
-async def _grpc(address: str, timeout: float) -> str:
+async def _grpc(address: str, timeout: float) -> list[str]:
     parse_address(address, where="ADDRESS")
     async with grpc.aio.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -35,6 +51,60 @@ async def _grpc(address: str, timeout: float) -> str:
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.aio.AioRpcError as error:
             raise Unavailable(f"no answer: {error.details()}", where=address, fix="is ingest running there?") from None
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        raise Unavailable("not serving", where=address)
-    return "ready"
+    # The standard health service has no place for a reason.
+    return [] if answer.status == health_pb2.HealthCheckResponse.SERVING else ["what its HTTP port's /readyz names"]
+
+
+async def processes(services: LocalServices) -> list[dict[str, Any]]:
+    """Each process of a `sapo up`: its id, since when it runs (None: it does not), and what it waits for."""
+
+    async def look(name: str, pid: int | None, http: str) -> dict[str, Any]:
+        since = _running_since(pid)
+        waits: list[str] = []
+        if since is not None and http:
+            try:
+                waits = await waiting_for(f"http://{http}", PROBE_SECONDS)
+            except SapoError as error:
+                waits = [error.what]
+        return {"name": name, "pid": pid, "since": since, "waiting_for": waits}
+
+    return await asyncio.gather(
+        *(look(name, each.get("pid"), each.get("http", "")) for name, each in services.processes.items())
+    )
+
+
+def _running_since(pid: int | None) -> float | None:
+    try:
+        return psutil.Process(pid).create_time() if pid else None
+    except psutil.Error:
+        return None
+
+
+async def ask(run: str, question: Question) -> dict[str, Any]:
+    """Put a question to a run's control plane, found by its directory or URL."""
+    if is_url(run):
+        require_url(run)
+        url, token = run, Environment().require("token")
+    else:
+        services = _services_of(Path(run))
+        url, token = services.control_plane_url, services.token
+    try:
+        async with ControlPlaneClient(url, token, patience=PATIENCE_SECONDS) as control:
+            answer = await question(control)
+    except (ValueError, TypeError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise Unavailable("something answers there that is no control plane", where=url, fix="is it the address?")
+    return answer
+
+
+def _services_of(directory: Path) -> LocalServices:
+    if not directory.is_dir():
+        raise NotFound("no such directory", where=str(directory), fix="give runs/NAME or a control plane's URL")
+    services = live_services(directory)
+    if services is None:
+        run_config(directory)  # says so when it is no run at all
+        raise NotFound(
+            "no `sapo up` runs on this directory", where=str(directory), fix="`sapo ledger` also reads a stopped run"
+        )
+    return services

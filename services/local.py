@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -34,6 +35,7 @@ DEATHS, WITHIN_SECONDS = 3, 60.0
 HOPELESS = (ConfigError.exit_code, Unauthenticated.exit_code, Mismatch.exit_code)
 STOP_SECONDS = 20.0
 LAST_LINES = 12
+LITTLE_BYTES = 64 << 20  # of a disk that may have been full a moment ago
 REQUESTED_CONFIG = "requested.yaml"  # the control plane makes it run.yaml once it has found it fit
 
 
@@ -44,6 +46,7 @@ class Child:
     name: str
     command: list[str]
     http: str = ""
+    once: list[str] = field(default_factory=list)  # options of the first start alone
     process: asyncio.subprocess.Process | None = None
     state: str = "starting"
     restarts: int = 0
@@ -57,7 +60,8 @@ class Child:
 class LocalRun:
     """The processes of one run. `status` is the control plane's newest answer, for whoever draws it."""
 
-    def __init__(self, config: RunConfig, *, workers: int) -> None:
+    def __init__(self, config: RunConfig, *, workers: int, back_to: int | None = None) -> None:
+        """back_to: step of a kept checkpoint that the learner goes on from, instead of the newest."""
         self.config, self.directory = config, config.run.directory.resolve()
         if live_services(self.directory):
             raise Unavailable(
@@ -80,6 +84,7 @@ class LocalRun:
         self._add("control-plane", [str(self.directory / REQUESTED_CONFIG), "--listen", control], http=control)
         self._add("ingest", ["--listen", self._ingest_address])
         self._add("learner", [])
+        self.children["learner"].once = [] if back_to is None else ["--from", str(back_to)]
         for index in range(workers):
             self._add("rollout", ["--name", f"rollout-{index}"], name=f"rollout-{index}")
 
@@ -120,10 +125,10 @@ class LocalRun:
             child.command = self._redis.command()
         with (self.directory / "logs" / f"{child.name}.log").open("ab") as output:
             child.process = await asyncio.create_subprocess_exec(
-                *child.command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
+                *child.command, *child.once, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
                 env=self._environment(), start_new_session=True, preexec_fn=_die_with_parent(),
             )  # fmt: skip
-        child.state = "running"
+        child.state, child.once = "running", []
 
     def _environment(self) -> dict[str, str]:
         redis_url = self._redis.url if self._redis else os.environ["SAPO_REDIS_URL"]
@@ -168,7 +173,7 @@ class LocalRun:
                 self._fail(child, code)
                 return
             child.restarts += 1
-            log.warning("%s died (%s); restarting", child.name, _reason(code))
+            log.warning("%s died (%s); restarting", child.name, _reason(code, meaning=True))
             await asyncio.sleep(min(5.0, 0.2 * 2 ** len(child.deaths)))
             if self._stopping:
                 return
@@ -194,9 +199,9 @@ class LocalRun:
         path = self.directory / "logs" / f"{child.name}.log"
         lines = path.read_text(errors="replace").splitlines()[-LAST_LINES:]
         error = SapoError(
-            f"{child.name} died ({_reason(code)}) and restarting does not help; its last words:\n  "
+            f"{child.name} died ({_reason(code, meaning=True)}) and restarting does not help; its last words:\n  "
             + "\n  ".join(lines),
-            fix=f"the whole log: {path}",
+            fix=f"the whole log: {path}{_little_room(self.directory)}",
         )
         if not self._failure.done():
             self._failure.set_exception(error)
@@ -225,7 +230,8 @@ class LocalRun:
                 self._failure.result()
             if stop.is_set():
                 return False
-            if self.status.get("state") == "finished":
+            # The status may be what an earlier session left.
+            if self.status.get("state") == "finished" and self.children["learner"].state == "done":
                 return True
             await asyncio.wait([self._failure], timeout=0.25)
 
@@ -264,8 +270,16 @@ class LocalRun:
         child.state = "stopped"
 
 
-def _reason(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+def _reason(code: int, *, meaning: bool = False) -> str:
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    # None of us sends it to a process that shall live.
+    return name + ", which the kernel sends when memory runs out" * (meaning and code == -signal.SIGKILL)
+
+
+def _little_room(directory: Path) -> str:
+    """A full disk also takes the last words that would have said so."""
+    free = shutil.disk_usage(directory).free
+    return f"; its disk has only {free >> 20} MiB left: make room" if free < LITTLE_BYTES else ""
 
 
 def _die_with_parent() -> Callable[[], None] | None:

@@ -4,6 +4,7 @@ import asyncio
 import math
 from typing import Any
 
+from sapo_learner.errors import ConfigError
 from sapo_learner.policy import Policy
 from services.control_plane.sampler import derive_seed
 from services.rollout.engines import PolicyVersion, Sampled, SampleRequest
@@ -23,6 +24,11 @@ async def evaluate(name: str, given: RunConfig, *, samples: int, temperature: fl
     config = own or given
     task = build(config.task)
     problems = task.problems("held_out")
+    if not problems:
+        raise ConfigError(
+            "no problem is held out, so there is nothing to measure on", where=f"task {task.name}",
+            fix="give task.held_out_path, or raise task.held_out_fraction",
+        )  # fmt: skip
     repeats = math.ceil(samples / len(problems))
     prompts = [problem.prompt for problem in problems for _ in range(repeats)]
     responses = await _sample(
@@ -45,6 +51,8 @@ async def sample(
 ) -> list[dict[str, Any]]:
     """Responses with their tokens and log-probs."""
     policy, _ = await load_any_policy(name)
+    if not policy.tokenizer.encode(prompt):
+        raise ConfigError("no token for the policy to go on from", where="--prompt", fix="give some text")
     responses = await _sample(policy, [prompt] * count, temperature=temperature, max_tokens=max_tokens, seed=seed)
     return [
         {

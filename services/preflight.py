@@ -1,40 +1,96 @@
 """What can be known to be wrong with a configuration before any process is started."""
 
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sapo_learner.errors import ConfigError
+from sapo_learner.manifest import TOKENIZER_FILES
 from services.runtime.settings import RunConfig
-from services.tasks import Teacher, build
+from services.tasks import Task, Teacher, build
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+MODEL_FIX = "give the directory of a Hugging Face causal language model, or tiny"
 
 
-def check(config: RunConfig) -> dict[str, Any]:
+def check(config: RunConfig, warn: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Build the objective and the task, read its problems, look for the model; raises ConfigError for what is wrong.
 
-    Returns the configuration in full: with the options of the objective and of the task that were not given.
+    Returns the configuration in full: with the options of the objective and of the task that were not given. What is
+    no mistake but worth knowing goes to `warn`.
     """
     from sapo_learner import objectives
 
     objective = objectives.build(config.objective.name, **config.objective.options)
     task = build(config.task)
-    for split in ("train", "held_out"):
-        task.problems(split)
-    source = config.policy.source
-    if source == "tiny":
-        if not isinstance(task, Teacher):
-            raise ConfigError(
-                f"task {config.task.name!r} has no demonstrations to warm-start the tiny policy on",
-                where="policy.source",
-                fix="give the directory of a Hugging Face causal language model",
-            )
-    elif not (Path(source) / "config.json").is_file():
-        raise ConfigError(
-            "no config.json there",
-            where=f"policy.source {source}",
-            fix="give the directory of a Hugging Face causal language model, or tiny",
-        )
+    task.problems("train")
+    held_out = len(task.problems("held_out"))
+    if config.policy.source == "tiny":
+        _check_teacher(task, held_out)
+    else:
+        check_model(Path(config.policy.source), where=f"policy.source {config.policy.source}")
+    if not held_out:
+        warn("no problem is held out: pass@1 will not be measured")
     options = task.model_dump(mode="json")  # type: ignore[attr-defined]
     return config.model_dump(mode="json") | {
         "objective": {"name": config.objective.name, **objective.model_dump(mode="json")},
         "task": {"name": config.task.name, **options},
     }
+
+
+def _check_teacher(task: Task, held_out: int) -> None:
+    if not isinstance(task, Teacher):
+        raise ConfigError(
+            f"task {task.name!r} has no demonstrations to warm-start the tiny policy on",
+            where="policy.source tiny", fix="give the directory of a Hugging Face causal language model",
+        )  # fmt: skip
+    if not held_out:
+        raise ConfigError(
+            "the tiny policy's warm start is measured on held-out problems, and there is none",
+            where=f"task {task.name}", fix="hold some out",
+        )  # fmt: skip
+
+
+def check_model(directory: Path, *, where: str) -> None:
+    """Refuse a directory that transformers cannot load as a causal language model, without loading its weights."""
+    path = directory / "config.json"
+    if not path.is_file():
+        what = "no config.json there" if directory.is_dir() else "no such directory"
+        raise ConfigError(what, where=where, fix=MODEL_FIX)
+    try:
+        kind = json.loads(path.read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "names no model_type" if isinstance(error, KeyError | TypeError) else f"is not readable: {error}"
+        raise ConfigError(f"its config.json {what}", where=where, fix="copy the model there once more") from None
+    # Slow to import, and needed by this alone.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+
+    if kind not in causal:
+        raise ConfigError(
+            f"a model of type {kind!r} is no causal language model that the installed transformers knows",
+            where=where, fix=MODEL_FIX,
+        )  # fmt: skip
+    if not any(found for pattern in WEIGHTS for found in directory.glob(pattern)):
+        raise ConfigError("no weights there (*.safetensors)", where=where, fix="copy the whole model directory")
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError("no tokenizer there (tokenizer.json)", where=where, fix="copy the whole model directory")
+
+
+def find_beside(config: RunConfig, file: Path) -> None:
+    """Paths are relative to the working directory: refuse one that is missing there, but lies beside run.yaml."""
+    for key, value in _paths(config):
+        beside = file.parent / value
+        if not value.is_absolute() and not value.exists() and beside.exists():
+            raise ConfigError(
+                f"{value} is not in the working directory", where=f"{file}: {key}",
+                fix=f"paths are relative to it, not to the file: use {beside}, or start from {file.parent}",
+            )  # fmt: skip
+
+
+def _paths(config: RunConfig) -> Iterator[tuple[str, Path]]:
+    if config.policy.source != "tiny":
+        yield "policy.source", Path(config.policy.source)
+    for name, value in build(config.task):  # type: ignore[attr-defined]
+        if isinstance(value, Path):
+            yield f"task.{name}", value

@@ -1,6 +1,7 @@
 """A run's files, read from outside: who serves it, its ledger audited in full, its policies."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -9,14 +10,17 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import psutil
 
 from sapo_learner.archive import Archive, Entry
 from sapo_learner.control import GROUP
-from sapo_learner.errors import NotFound
+from sapo_learner.errors import ConfigError, Corrupt, NotFound
 from sapo_learner.ledger import Ledger, LedgerReport, audit, epoch_coverage
+from sapo_learner.pruned import Pruned
 from services.control_plane.record import read
+from services.preflight import check_model
 from services.runstore import EmbeddedRedis, RunStore
 from services.runtime.client import ControlPlaneClient
 from services.runtime.settings import Environment, RunConfig, load_config
@@ -25,7 +29,9 @@ from services.tasks import build
 if TYPE_CHECKING:
     from sapo_learner.policy import Policy
 
+log = logging.getLogger(__name__)
 SERVICES_FILE = "services.json"
+PATIENCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,15 @@ def live_services(directory: Path) -> LocalServices | None:
     path = directory / SERVICES_FILE
     if not path.is_file():
         return None
-    services = LocalServices(**json.loads(path.read_text()))
     try:
+        services = LocalServices(**json.loads(path.read_text()))
         started = psutil.Process(services.supervisor_pid).create_time()
-    except psutil.NoSuchProcess:
+    except (ValueError, TypeError) as error:
+        raise Corrupt(
+            f"not what `sapo up` writes there: {error}", where=str(path),
+            fix="remove it, if no `sapo up` runs on this directory",
+        ) from None  # fmt: skip
+    except psutil.Error:
         return None
     # Process ids come round again, in containers at once: the same process has the same start.
     return services if abs(started - services.supervisor_started) < 1 else None
@@ -115,11 +126,11 @@ async def audit_run(directory: Path) -> LedgerReport:
         # is in both counts once, as archived.
         state = await store.state()
         streamed = await store.read(0, state.unread_entries) if state.unread_entries else []
-        archived = [_Seen(entry) for entry in Archive(directory / "archive", None).entries()]
+        pruned, archived = _archived(directory / "archive")
         archived = [each for each in archived if each.sequence <= state.sequence]
-        last = archived[-1].sequence if archived else 0
+        last = archived[-1].sequence if archived else pruned.head.sequence
         unread = [_Seen(entry) for entry in streamed if last < entry.sequence <= state.sequence]
-        draws = [each.draw for each in archived + unread if each.draw is not None]
+        draws = [*pruned.draws(), *(each.draw for each in archived + unread if each.draw is not None)]
         open_draws = {lease.draw for lease in state.leases} | state.reoffered
         report = audit(
             ledger, cursor=cursor, accepted=state.sequence, archived=sum(each.sequence > cursor for each in archived),
@@ -128,6 +139,17 @@ async def audit_run(directory: Path) -> LedgerReport:
         problems = build(config.task).problems("train")
         report.problems.extend(epoch_coverage(draws, len(problems), next_draw=state.next_draw, open_draws=open_draws))
         return report
+
+
+def _archived(directory: Path, tries: int = 3) -> tuple[Pruned, list["_Seen"]]:
+    """What was pruned, and all entries behind it."""
+    archive = Archive(directory, None)
+    try:
+        return archive.pruned, [_Seen(entry) for entry in archive.entries(archive.pruned.head.sequence)]
+    except NotFound:  # a learner that runs has just pruned more
+        if tries == 1:
+            raise
+        return _archived(directory, tries - 1)
 
 
 class _Seen:
@@ -152,13 +174,29 @@ async def _redis_url(directory: Path, stack: AsyncExitStack) -> str:
     raise NotFound("no Redis of a run there", where=str(directory), fix="set SAPO_REDIS_URL to the run's Redis")
 
 
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def require_url(address: str) -> None:
+    """ConfigError when no request can be sent there."""
+    try:
+        parts = urlsplit(address)
+        whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ConfigError("not http://HOST:PORT", where=address, fix="for example http://127.0.0.1:8080")
+
+
 async def load_any_policy(name: str) -> tuple["Policy", RunConfig | None]:
     """POLICY: a run (its newest policy), RUN@STEP, or a model directory. With the run's configuration.
 
     Of a directory, checkpoints are read; of a control plane's URL, published snapshots.
     """
     where, _, step = name.rpartition("@") if re.search(r"@\d*$", name) else (name, "", "")
-    if where.startswith(("http://", "https://")):
+    if is_url(where):
+        require_url(where)
         return await _published_policy(where, int(step) if step else None)
     return _policy_on_disk(name, Path(where), step)
 
@@ -167,7 +205,7 @@ async def _published_policy(url: str, step: int | None) -> tuple["Policy", RunCo
     from sapo_learner.policy import load_policy, load_weights
     from sapo_learner.snapshot import read_snapshot
 
-    async with ControlPlaneClient(url, Environment().require("token"), patience=5) as control:
+    async with ControlPlaneClient(url, Environment().require("token"), patience=PATIENCE_SECONDS) as control:
         config = await control.config()
         version = None
         if step is not None:
@@ -191,13 +229,16 @@ def _policy_on_disk(name: str, directory: Path, step: str) -> tuple["Policy", Ru
     from sapo_learner.policy import load_policy, load_weights
 
     if (directory / "config.json").is_file():
+        check_model(directory, where=f"policy {directory}")
         return load_policy(directory), None
     if not (directory / "checkpoints").is_dir():
         raise NotFound(
             "neither a run directory with checkpoints nor a model directory", where=name,
             fix="give runs/NAME, runs/NAME@STEP, a control plane's URL or a Hugging Face model directory",
         )  # fmt: skip
-    state = checkpoint.load_newest(directory / "checkpoints", int(step) if step else None).state
+    loaded = checkpoint.load_newest(directory / "checkpoints", int(step) if step else None)
+    if loaded.reason:
+        log.warning("passed over: %s; the policy of step %d is taken", loaded.reason, loaded.state.step)
     policy = load_policy(directory / "model", weights=False)
-    load_weights(policy, state.model)
+    load_weights(policy, loaded.state.model)
     return policy, run_config(directory)

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,7 +10,17 @@ from services.runtime import lifecycle
 from services.runtime.logging import configure
 from services.runtime.settings import Environment, load_config
 
-app = typer.Typer(no_args_is_help=True, help="Run one service, as in a deployment.")
+# Plain: a terminal or none, the same words; and nothing boxes in or cuts short what a script reads.
+PLAIN_HELP: dict[str, Any] = {
+    "no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}  # fmt: skip
+app = typer.Typer(
+    **PLAIN_HELP,
+    help="Run one service, as in a deployment. Addresses and the token come from the environment: "
+    "SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS, SAPO_REDIS_URL, SAPO_TOKEN.\n\n"
+    "\b\nExamples:\n  sapo serve control-plane run.yaml --listen 0.0.0.0:8080\n  sapo serve rollout --name rollout-7",
+)
 
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="RUN_YAML", help="The run's configuration.")]
@@ -26,9 +36,9 @@ def serve_control_plane(
 ) -> None:
     """The service that owns the run. Needs SAPO_REDIS_URL and SAPO_TOKEN.
 
-    Example:
-
-        sapo serve control-plane run.yaml --listen 0.0.0.0:8080
+    \b
+    Examples:
+      sapo serve control-plane run.yaml --listen 0.0.0.0:8080
     """
     from services.control_plane.service import serve
 
@@ -43,9 +53,9 @@ def serve_ingest(
 ) -> None:
     """The gRPC door of the log. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN.
 
-    Example:
-
-        sapo serve ingest --listen 0.0.0.0:8081 --http-listen 0.0.0.0:9101
+    \b
+    Examples:
+      sapo serve ingest --listen 0.0.0.0:8081 --http-listen 0.0.0.0:9101
     """
     from services.ingest.service import serve
 
@@ -53,16 +63,24 @@ def serve_ingest(
 
 
 @app.command("learner")
-def serve_learner(http_listen: HttpListen = ANY_PORT) -> None:
+def serve_learner(
+    http_listen: HttpListen = ANY_PORT,
+    from_step: Annotated[
+        int | None, typer.Option("--from", min=0, metavar="STEP", help="Go on from this kept checkpoint.")
+    ] = None,
+) -> None:
     """Trains. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN. Exits with 0 once the run is finished.
 
-    Example:
+    Goes on from the newest whole checkpoint; with --from from an older one, which leaves what came after it.
 
-        sapo serve learner --http-listen 0.0.0.0:9102
+    \b
+    Examples:
+      sapo serve learner --http-listen 0.0.0.0:9102
+      sapo serve learner --from 120
     """
     from services.learner.service import serve
 
-    _serve("learner", lambda life: serve(life, Environment(), http_listen=http_listen))
+    _serve("learner", lambda life: serve(life, Environment(), http_listen=http_listen, from_step=from_step))
 
 
 @app.command("rollout")
@@ -72,9 +90,9 @@ def serve_rollout(
 ) -> None:
     """Samples. Needs SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS and SAPO_TOKEN. Join and leave at any time.
 
-    Example:
-
-        sapo serve rollout --name rollout-7
+    \b
+    Examples:
+      sapo serve rollout --name rollout-7
     """
     from services.rollout.service import serve
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from services.control_plane.record import read
 
@@ -116,38 +118,42 @@ def _examples(first: dict[str, Any], last: dict[str, Any]) -> list[dict[str, str
 
 
 def print_report(console: Console, summary: dict[str, Any], path: Path) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
     if summary["examples"]:
-        examples = Table("held-out problem", "base answers", "after RL", box=None, padding=(0, 3, 0, 0))
-        for each in summary["examples"]:
-            examples.add_row(each["prompt"], each["base"], each["trained"])
         console.print()
-        console.print(examples)
+        console.print(_example_table(summary["examples"]))
         console.print("(of the first problems, those whose answer changed)", style="dim")
     figures = [f"base {_percent(summary, 'base')}", f"after RL [bold]{_percent(summary, 'final')}[/bold]"]
     if summary["ceiling_pass_at_1"] is not None:
         figures.append(f"ceiling {_percent(summary, 'ceiling')}")
-    console.print(f"\nheld-out pass@1: {' -> '.join(figures)}", highlight=False, soft_wrap=True)
+    say(f"\nheld-out pass@1: {' -> '.join(figures)}")
     if summary["ceiling_pass_at_1"] is not None:
-        console.print(
+        say(
             "What was taught: the base policy can calculate, but has the habit of guessing without writing the "
             "intermediate value.\nRL brought the reasoning back. It did not teach arithmetic: the ceiling is the "
-            "accuracy before the bad habit.",
-            highlight=False,
+            "accuracy before the bad habit."
         )
     if not summary["tokens_trained"]:
-        console.print("[bold red]Nothing was learned: no group had a spread of rewards.[/bold red]")
+        say("[bold red]Nothing was learned: no group had a spread of rewards.[/bold red]")
     else:
-        console.print(
+        say(
             f"policy age mean {summary['policy_age_mean']:.2f}, max {summary['policy_age_max']} steps; "
-            f"{summary['mixed_version_responses']} responses span several versions",
-            highlight=False,
+            f"{summary['mixed_version_responses']} responses span several versions"
         )
-    console.print(
-        f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; "
-        f"ledger {'balances' if summary['ledger_balanced'] else 'DOES NOT BALANCE'}; {path}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    balance = "balances" if summary["ledger_balanced"] else "DOES NOT BALANCE"
+    say(f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; ledger {balance}; {escape(str(path))}")
+
+
+def _example_table(examples: list[dict[str, str]]) -> Table:
+    """Each cell on lines of its own, and as it was written: a problem may hold what would be markup here."""
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for name in ("held-out problem", "base answers", "after RL"):
+        table.add_column(name, overflow="fold")
+    for each in examples:
+        table.add_row(*(Text(each[key]) for key in ("prompt", "base", "trained")))
+    return table
 
 
 def _percent(summary: dict[str, Any], which: str) -> str:

@@ -23,9 +23,11 @@ class View:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        animate = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, refresh_per_second=4, transient=False) if animate else None
         self._pace = Pace()
         self._said, self._said_at = "", 0.0
+        self._noted = set[str]()
 
     def __enter__(self) -> Callable[["LocalRun"], None]:
         if self._live:
@@ -38,13 +40,20 @@ class View:
 
     def draw(self, run: "LocalRun") -> None:
         self._pace.see(run.status)
+        for note in notes(run.status):
+            if note not in self._noted:  # in full and to stay, above what moves
+                self._noted.add(note)
+                self._say(f"note: {note}")
         if self._live:
             self._live.update(_panel(run, self._pace))
             return
         line = _line(run, self._pace)
         if line != self._said and time.monotonic() - self._said_at >= PLAIN_SECONDS:
             self._said, self._said_at = line, time.monotonic()
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._say(line)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Pace:
@@ -77,13 +86,19 @@ def _line(run: "LocalRun", pace: Pace) -> str:
     parts = [f"step {status['learner']['step']}/{status['steps']}", f"eta {pace.eta(status['steps'])}"]
     step, evaluations = status["last_step"], status["evaluations"]
     if step:
-        parts += [f"reward {step['reward']:.2f}", f"policy age {step['policy_age_mean']:.1f}"]
+        parts += [f"reward {_figure(step, 'reward', 2)}", f"policy age {_figure(step, 'policy_age_mean', 1)}"]
     if evaluations:
         parts.append(f"held-out pass@1 {evaluations[-1]['pass_at_1']:.3f} (step {evaluations[-1]['step']})")
     if status["version"] is not None:
-        parts += [f"version {status['version']}", f"{_tokens_per_second(status):,.0f} tokens/s"]
+        parts += [f"version {status['version']}", f"{_tokens_per_second(status)} tokens/s"]
     parts += [f"{each.name} {each.state}" for each in run.children.values() if "died" in each.state]
-    return " | ".join(part for part in [*parts, _waiting(status)] if part)
+    return " | ".join(part for part in [*parts, worry(status)] if part)
+
+
+def _figure(step: dict[str, Any], name: str, digits: int) -> str:
+    """A figure of a step, "-" where it has none: what describes trained tokens is 0 in a step without any."""
+    value = step.get(name)
+    return "-" if value is None or (not step["tokens"] and name != "reward") else f"{value:.{digits}f}"
 
 
 def _panel(run: "LocalRun", pace: Pace) -> Group:
@@ -95,7 +110,8 @@ def _panel(run: "LocalRun", pace: Pace) -> Group:
         Text(run.config.run.name, "bold"), ProgressBar(total=total, completed=done, width=40), f"step {done}/{total}",
         f"ETA {pace.eta(total)}", Text(status.get("state", "starting"), "cyan"),
     )  # fmt: skip
-    return Group(head, *_figures(status), _processes(run), Text(_waiting(status) if status else "", "yellow"))
+    worries = [worry(status) if status else "", next(iter(notes(status)), "")]
+    return Group(head, *_figures(status), _processes(run), *(Text(each, "yellow", no_wrap=True) for each in worries))
 
 
 def _figures(status: dict[str, Any]) -> list[Text]:
@@ -103,8 +119,9 @@ def _figures(status: dict[str, Any]) -> list[Text]:
     learning = held_out = "-"
     if step:
         learning = (
-            f"{step['reward']:.3f}   entropy {step['entropy']:.3f}   spread of log-ratio {step['log_ratio_std']:.3f}   "
-            f"policy age {step['policy_age_mean']:.2f} (max {step['policy_age_max']})"
+            f"{_figure(step, 'reward', 3)}   entropy {_figure(step, 'entropy', 3)}   spread of log-ratio "
+            f"{_figure(step, 'log_ratio_std', 3)}   policy age {_figure(step, 'policy_age_mean', 2)} "
+            f"(max {_figure(step, 'policy_age_max', 0)})"
         )
     if evaluations:
         first, recent = evaluations[0], evaluations[1:][-SHOWN_EVALUATIONS:]
@@ -114,7 +131,7 @@ def _figures(status: dict[str, Any]) -> list[Text]:
     flow = "-"
     if status and status["version"] is not None:
         flow = (
-            f"version {status['version']}   {_tokens_per_second(status):,.0f} tokens/s   "
+            f"version {status['version']}   {_tokens_per_second(status)} tokens/s   "
             f"groups ready {status['groups_ready']}   open leases {status['open_leases']}"
         )
     rows = (("reward", learning), ("held-out pass@1", held_out), ("sampling", flow))
@@ -135,11 +152,17 @@ def _processes(run: "LocalRun") -> Table:
         elif child.name.startswith("rollout") and child.state == "running":
             detail = "waits for the first policy"
         style = {"running": "green", "done": "green"}.get(child.state, "red" if "died" in child.state else "")
-        table.add_row(child.name, str(child.pid or "-"), Text(child.state, style), str(child.restarts or ""), detail)
+        row = (child.name, str(child.pid or "-"), Text(child.state, style), str(child.restarts or ""), Text(detail))
+        table.add_row(*row)
     return table
 
 
-def _waiting(status: dict[str, Any]) -> str:
+def notes(status: dict[str, Any]) -> list[str]:
+    """What the workers want a person to know, each once."""
+    return list(dict.fromkeys(note for each in status.get("workers", []) for note in each.get("notes", [])))
+
+
+def worry(status: dict[str, Any]) -> str:
     """What there is to wait for, or to worry about."""
     learner, step = status["learner"], status["last_step"]
     if status["state"] == "evaluating":
@@ -151,37 +174,7 @@ def _waiting(status: dict[str, Any]) -> str:
     return ""
 
 
-def _tokens_per_second(status: dict[str, Any]) -> float:
-    return float(sum(each["tokens_per_second"] for each in status.get("workers", [])))
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def print_status(console: Console, status: dict[str, Any]) -> None:
-    """`sapo status` for a person, of a run that goes on or has stopped."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
-    learner = status.get("learner", {"step": status.get("step", 0), "waiting_for": ""})
-    say(f"run {status['run']}: {status['state']}, step {learner['step']}/{status['steps']}")
-    if "since" in status:
-        say(
-            f"version {status['version']}, {status['accepted']} groups accepted, {status['groups_ready']} ready, "
-            f"{status['open_leases']} open leases; control plane up since {_clock(status['since'])}"
-        )
-    for each in status.get("slowest_draws", []):
-        text = f"draw {each['draw']} (attempt {each['attempt']}) has been with {each['worker']}"
-        say(f"{text} for {each['age_seconds']:.1f} s")
-    if "evaluating" in status and _waiting(status):
-        say(_waiting(status))
-    for each in status["evaluations"][-3:]:
-        say(f"held-out pass@1 at step {each['step']}: {each['pass_at_1']:.3f} ± {each['standard_error']:.3f}")
-    for each in status["workers"]:
-        waits = f", waits for {each['waiting_for']}" if each["waiting_for"] else ""
-        say(
-            f"{each['worker']}: version {each['version']}, {each['rows']} rows, "
-            f"{each['tokens_per_second']:,.0f} tokens/s, heard of {each['age_seconds']:.1f} s ago{waits}"
-        )
+def _tokens_per_second(status: dict[str, Any]) -> str:
+    """Of all workers that are heard of; "-" without any."""
+    workers = status.get("workers", [])
+    return f"{sum(each['tokens_per_second'] for each in workers):,.0f}" if workers else "-"

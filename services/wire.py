@@ -17,7 +17,11 @@ from sapo_learner.errors import InvalidTrajectory
 from sapo_learner.trajectory import SamplingParameters, Trajectory, TrajectoryGroup, VersionSpan
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-_ENVELOPE_BYTES = 64  # what the stream's request adds around a group
+TOKEN_BYTES = 4 + 4 + 1  # id, log-prob, mask
+ENVELOPE_BYTES = 64  # what the stream's request adds around a group
+TOO_LARGE = "lower sampling.max_tokens or sampling.group_size"
+_SAME_VERSION = "run worker and ingest at the same version"
+_SAMPLE_AGAIN = "the worker must sample under versions that the control plane lists, and report their steps"
 
 _DTYPES: dict[int, np.dtype[Any]] = {
     pb.DTYPE_INT32: np.dtype("<i4"),
@@ -30,8 +34,8 @@ _FINISH_NAMES: dict[int, Any] = {value: name for name, value in _FINISH.items()}
 _MODE_NAMES: dict[int, Any] = {value: name for name, value in _MODES.items()}
 
 
-def to_message(group: TrajectoryGroup) -> pb.TrajectoryGroup:
-    """The group as it travels; raises InvalidTrajectory when it would exceed MAX_MESSAGE_BYTES."""
+def to_message(group: TrajectoryGroup, *, max_bytes: int = MAX_MESSAGE_BYTES) -> pb.TrajectoryGroup:
+    """The group as it travels; raises InvalidTrajectory when it would exceed one message of `max_bytes`."""
     message = pb.TrajectoryGroup(
         schema_version=group.schema_version,
         draw=group.draw,
@@ -53,11 +57,11 @@ def to_message(group: TrajectoryGroup) -> pb.TrajectoryGroup:
         worker=group.worker,
     )
     size = message.ByteSize()
-    if size > MAX_MESSAGE_BYTES - _ENVELOPE_BYTES:
+    if size > max_bytes - ENVELOPE_BYTES:
         raise InvalidTrajectory(
-            f"{size} bytes exceed the {MAX_MESSAGE_BYTES} of one message",
+            f"{size} bytes exceed the {max_bytes} of one message",
             where=f"draw {group.draw}",
-            fix="lower sampling.max_tokens or sampling.group_size",
+            fix=TOO_LARGE,
         )
     return message
 
@@ -73,12 +77,12 @@ def decode(data: bytes) -> TrajectoryGroup:
     try:
         message.ParseFromString(data)
     except DecodeError as error:
-        raise InvalidTrajectory(f"not a TrajectoryGroup: {error}") from None
+        raise InvalidTrajectory(f"not a TrajectoryGroup: {error}", fix=_SAME_VERSION) from None
     return from_message(message)
 
 
 def from_message(message: pb.TrajectoryGroup) -> TrajectoryGroup:
-    """Validate a group as it came; raises InvalidTrajectory that names the field and the draw."""
+    """Validate a group as it came; raises InvalidTrajectory whose `where` is the draw, and the response and token."""
     sampling = message.sampling
     try:
         return TrajectoryGroup(
@@ -102,24 +106,39 @@ def from_message(message: pb.TrajectoryGroup) -> TrajectoryGroup:
             worker=message.worker,
         )
     except InvalidTrajectory as error:
-        raise InvalidTrajectory(error.what, where=f"draw {message.draw}", fix=error.fix) from None
+        raise _inside(f"draw {message.draw}", error) from None
 
 
 def check_against_run(group: TrajectoryGroup, *, vocabulary: int, versions: Mapping[int, int]) -> None:
     """Refuse ids outside the vocabulary, unknown policy versions, and versions said to come from another step."""
-    where = f"draw {group.draw}"
-    responses = ((f"response {index}: token_ids", each.token_ids) for index, each in enumerate(group.trajectories))
-    for name, ids in (("prompt_ids", group.prompt_ids), *responses):
-        highest = int(ids.max())
-        if highest >= vocabulary:
-            raise InvalidTrajectory(f"{name} holds {highest}, outside the vocabulary of {vocabulary}", where=where)
-    for span in {span for each in group.trajectories for span in each.spans}:
-        if span.version not in versions:
-            raise InvalidTrajectory(f"policy version {span.version} is not one of the run's", where=where)
-        if versions[span.version] != span.step:
-            raise InvalidTrajectory(
-                f"policy version {span.version} comes from step {versions[span.version]}, not {span.step}", where=where
-            )
+    draw = f"draw {group.draw}"
+    _check_vocabulary(group.prompt_ids, vocabulary, f"{draw}, prompt")
+    for index, each in enumerate(group.trajectories):
+        place, at = f"{draw}, response {index}", 0
+        _check_vocabulary(each.token_ids, vocabulary, place)
+        for span in each.spans:
+            _check_version(span, versions, f"{place}, token {at}")
+            at += span.length
+
+
+def _check_vocabulary(ids: NDArray[np.int32], vocabulary: int, place: str) -> None:
+    if int(ids.max()) >= vocabulary:
+        at = int(np.argmax(ids >= vocabulary))
+        raise InvalidTrajectory(
+            f"token id {ids[at]} is outside the vocabulary of {vocabulary}",
+            where=f"{place}, token {at}",
+            fix="encode and sample with the tokenizer and model of the run's published policy",
+        )
+
+
+def _check_version(span: VersionSpan, versions: Mapping[int, int], where: str) -> None:
+    if span.version not in versions:
+        raise InvalidTrajectory(
+            f"policy version {span.version} is not one of the run's", where=where, fix=_SAMPLE_AGAIN
+        )
+    if versions[span.version] != span.step:
+        what = f"policy version {span.version} comes from step {versions[span.version]}, not {span.step}"
+        raise InvalidTrajectory(what, where=where, fix=_SAMPLE_AGAIN)
 
 
 def _encode_trajectory(trajectory: Trajectory) -> pb.Trajectory:
@@ -147,7 +166,11 @@ def _decode_trajectory(index: int, message: pb.Trajectory) -> Trajectory:
             finish_reason=_FINISH_NAMES.get(message.finish_reason, "unspecified"),
         )
     except InvalidTrajectory as error:
-        raise InvalidTrajectory(f"response {index}: {error.what}") from None
+        raise _inside(f"response {index}", error) from None
+
+
+def _inside(place: str, error: InvalidTrajectory) -> InvalidTrajectory:
+    return InvalidTrajectory(error.what, where=", ".join(filter(None, (place, error.where))), fix=error.fix)
 
 
 def _array(values: NDArray[Any], dtype: pb.DType) -> pb.Array:
@@ -158,12 +181,14 @@ def _vector(array: pb.Array, dtype: pb.DType, name: str) -> NDArray[Any]:
     if array.dtype != dtype:
         known = pb.DType.values()
         given = pb.DType.Name(array.dtype) if array.dtype in known else f"unknown ({array.dtype})"
-        raise InvalidTrajectory(f"{name} has dtype {given}, expected {pb.DType.Name(dtype)}")
+        what = f"{name} has dtype {given}, expected {pb.DType.Name(dtype)}"
+        raise InvalidTrajectory(what, fix=_SAME_VERSION)
     layout = _DTYPES[dtype]
     if len(array.data) != array.length * layout.itemsize:
         raise InvalidTrajectory(
-            f"{name} states {array.length} elements of {layout.itemsize} bytes but holds {len(array.data)} bytes"
+            f"{name} states {array.length} elements of {layout.itemsize} bytes but holds {len(array.data)} bytes",
+            fix=_SAME_VERSION,
         )
     if dtype == pb.DTYPE_BOOL and array.data.strip(b"\x00\x01"):
-        raise InvalidTrajectory(f"{name} holds a byte that is neither 0 nor 1")
+        raise InvalidTrajectory(f"{name} holds a byte that is neither 0 nor 1", fix=_SAME_VERSION)
     return np.frombuffer(array.data, dtype=layout).astype(layout.newbyteorder("="), copy=False)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from sapo_learner.disk import naming
 from sapo_learner.errors import Mismatch, NotFound
 from sapo_learner.segment import fsync
 
@@ -38,22 +39,23 @@ class BlobDirectory:
 
     async def put(self, sha256: str, chunks: AsyncIterator[bytes]) -> None:
         """Store what arrives, durably, if it has that digest; raises Mismatch otherwise."""
-        digest = hashlib.sha256()
-        with NamedTemporaryFile(dir=self._directory, suffix=".upload", delete=False) as file:
-            try:
+        digest, path = hashlib.sha256(), self._directory / sha256
+        upload = NamedTemporaryFile(dir=self._directory, suffix=".upload", delete=False)  # noqa: SIM115
+        try:
+            with naming(path), upload as file:
                 async for chunk in chunks:
                     digest.update(chunk)
                     file.write(chunk)
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
-                if digest.hexdigest() != sha256:
-                    raise Mismatch(
-                        f"the upload's SHA-256 is {digest.hexdigest()}", where=f"blob {sha256}", fix="upload again"
-                    )
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        os.replace(file.name, self._directory / sha256)
+            if digest.hexdigest() != sha256:
+                raise Mismatch(
+                    f"the upload's SHA-256 is {digest.hexdigest()}", where=f"blob {sha256}", fix="upload again"
+                )
+            os.replace(upload.name, path)
+        except BaseException:
+            os.unlink(upload.name)
+            raise
         await asyncio.to_thread(fsync, self._directory)
 
     def keep_only(self, digests: Iterable[str], forgotten: Mapping[str, float] | None = None) -> None:

@@ -32,7 +32,6 @@ from services.tasks import build
 # more it takes longer, so that waiting costs Redis the same.
 POLL_SECONDS, WAITERS = 0.1, 8
 WATCH_SECONDS = 2.0
-EVENT_SECONDS = 15.0  # an event stream says something at least this often
 HOLD_SECONDS = 15.0  # below every client's time limit
 
 
@@ -183,27 +182,32 @@ class ControlPlane:
     # ---- policies and the learner
 
     async def publish(self, request: api.PublishRequest) -> api.PublishResponse:
-        """Raises Unavailable while the policy must wait: the caller tries again."""
+        """Answers `held_for` while the policy must wait: the caller asks again."""
         manifest = parse(Manifest, request.manifest, where="manifest")
         with our_fence():
             await self._store.grant(self._token, "", 0, 0, self._pacing)  # nothing is registered by an older one
-        await self._hold(manifest.step)
+        if await self._held(manifest.step):
+            return api.PublishResponse(held_for="the evaluation of the first policy")
         current = await self._store.current()
         if current is None or manifest.step > current.step:
             # Before it can be served: a worker that is a moment later may have left the first policy already.
             await self._schedule_evaluation(manifest.step)
         published = await self.policies.publish(request.token, manifest, request.facts)
+        if published.changed:
+            self.record.add("policy", version=published.version, step=manifest.step, digest=manifest.digest)
         self._notify()
         await self.policies.prune(self.evaluations.pinned)
         return api.PublishResponse(version=published.version, changed=published.changed)
 
-    async def _hold(self, step: int) -> None:
-        """Wait while the current policy must stay so, for an evaluation that no later one can stand in for."""
+    async def _held(self, step: int) -> bool:
+        """Whether the current policy must stay so, for an evaluation that no later one can stand in for; waits a while
+        for that to end."""
         deadline = time.monotonic() + HOLD_SECONDS
         while self.evaluations.holds(step):
             if self._closing or time.monotonic() >= deadline:
-                raise Unavailable("the first policy is still being evaluated", where=f"step {step}", fix="try again")
+                return True
             await _wait(self._changed, deadline - time.monotonic())
+        return False
 
     async def learner_reports(self, report: api.LearnerReport) -> None:
         fields = dict(report.record or {})
@@ -238,11 +242,12 @@ class ControlPlane:
             if event != said:
                 yield event
             said = event
-            await _wait(changed, EVENT_SECONDS)
+            await _wait(changed, api.EVENT_SECONDS)
 
     async def close(self) -> None:
         """End every wait; requests are answered with what there is."""
         self._closing = True
+        self.record.close()
         self._notify()
 
     # ---- waiting

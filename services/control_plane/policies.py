@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from sapo_learner.disk import naming
 from sapo_learner.errors import Fenced, NotFound, Unavailable
 from sapo_learner.manifest import Manifest
 from sapo_learner.segment import fsync
@@ -70,7 +71,11 @@ class Policies:
 
     async def _register(self, token: int, manifest: Manifest) -> Published:
         expected = self.newest() + 1
-        await asyncio.to_thread(_write, self._path(expected), _numbered(manifest, expected).to_json())
+        try:
+            await asyncio.to_thread(_write, self._path(expected), _numbered(manifest, expected).to_json())
+        except OSError:  # what may not be durable must not be restored from
+            self._path(expected).unlink(missing_ok=True)
+            raise
         try:
             published = await self._store.publish(
                 token, manifest.step, manifest.digest, _numbered(manifest, None).to_json()
@@ -164,9 +169,12 @@ def _numbered(manifest: Manifest, version: int | None) -> Manifest:
 def _write(path: Path, text: str) -> None:
     """Durably, and whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path):
+            temporary.write_text(text)
+            fsync(temporary)
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync(path.parent)

@@ -1,44 +1,66 @@
 """`sapo serve control-plane run.yaml`: owns the run."""
 
-import asyncio
 import logging
 import os
+from contextlib import AsyncExitStack
 from pathlib import Path
 
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from sapo_learner.errors import Unavailable
 from services.control_plane.plane import ControlPlane
 from services.control_plane.routes import add_routes
 from services.runstore import RunStore
 from services.runtime.changes import check_changes
-from services.runtime.http import probe_app, refuse_taken, serving
+from services.runtime.http import Door, Front, probe_app, serving
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import ControlPlaneMetrics
-from services.runtime.settings import Environment, RunConfig, dump_config
+from services.runtime.settings import Environment, RunConfig, save_config
 
 log = logging.getLogger(__name__)
 
 
 async def serve(lifecycle: Lifecycle, config: RunConfig, environment: Environment, *, listen: str) -> None:
     """Raises Fenced when a newer control plane has taken the run over."""
-    token = environment.require("token")
-    await asyncio.to_thread(refuse_taken, listen)  # before a running one is fenced off for nothing
+    redis_url, token = environment.require("redis_url"), environment.require("token")
     directory = config.run.directory
     directory.mkdir(parents=True, exist_ok=True)
     for change in check_changes(directory, config):
         log.info("changed from here on: %s", change)
     metrics = ControlPlaneMetrics()
     app = probe_app(lifecycle, metrics.registry)
-    async with await RunStore.connect(environment.require("redis_url"), config.run.name) as store:
+    front = Front(_starting_app(lifecycle, metrics.registry, token))
+    # The address first: a port in use is said before a running control plane is fenced off for nothing.
+    async with AsyncExitStack() as closed_last, serving(front, listen) as url:
+        waiting, patience = lifecycle.peer("Redis"), environment.patience_seconds
+        store = await closed_last.enter_async_context(
+            await RunStore.connect(redis_url, config.run.name, patience=patience, waiting=waiting)
+        )
         plane = ControlPlane(config, store, await _take_over(store, directory), metrics)
-        _replace(directory / "run.yaml", dump_config(config))
+        save_config(config)
         await plane.open()
         add_routes(app, plane, token)
-        async with serving(app, listen) as url:
-            log.info("control plane of run %r on %s, files in %s", config.run.name, url, directory)
-            lifecycle.ready()
-            try:
-                await plane.watch(lifecycle)
-            finally:
-                await plane.close()
+        front.app = app
+        log.info("control plane of run %r on %s, files in %s", config.run.name, url, directory)
+        lifecycle.ready()
+        try:
+            await plane.watch(lifecycle)
+        finally:
+            await plane.close()
+
+
+def _starting_app(lifecycle: Lifecycle, registry: CollectorRegistry, token: str) -> FastAPI:
+    """Probes, and a refusal that says what is missing, until the run's state can be read."""
+    app = probe_app(lifecycle, registry)
+    app.add_middleware(Door, token=token)
+
+    @app.api_route("/v1/{path:path}", methods=["GET", "HEAD", "POST", "PUT"])
+    async def not_yet(path: str) -> None:
+        waiting = "; ".join(lifecycle.waiting_for)
+        raise Unavailable(f"not ready: {waiting}", where="control plane", fix="try again")
+
+    return app
 
 
 async def _take_over(store: RunStore, directory: Path) -> int:

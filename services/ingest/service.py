@@ -1,7 +1,6 @@
 """`sapo serve ingest`: the gRPC server around IngestServicer, with health, token check and probes."""
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -10,10 +9,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from protos.sapo.v1 import ingest_pb2, ingest_pb2_grpc
-from sapo_learner.errors import ConfigError
+from sapo_learner.errors import ConfigError, SapoError
 from services.ingest.servicer import IngestServicer
 from services.runstore import RunStore
+from services.runtime.auth import check_bearer
 from services.runtime.client import ControlPlaneClient
+from services.runtime.grpc_errors import abort
 from services.runtime.http import probe_app, refuse_taken, serving
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import IngestMetrics
@@ -23,24 +24,23 @@ from services.wire import MAX_MESSAGE_BYTES
 log = logging.getLogger(__name__)
 SERVICE = ingest_pb2.DESCRIPTOR.services_by_name["TrajectoryIngestService"].full_name
 DRAIN_SECONDS = 5.0
+WATCH_SECONDS = 2.0  # between two looks at Redis, and the time limit of each
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Refuses calls without the run's token, the health service excepted."""
 
     def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+        self._token = token
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        given = dict(details.invocation_metadata or ()).get("authorization", "")
-        if details.method.startswith("/grpc.health.") or hmac.compare_digest(str(given).encode(), self._expected):
+        given = str(dict(details.invocation_metadata or ()).get("authorization", "")).encode()
+        refusal = check_bearer(given, self._token)
+        if refusal is None or details.method.startswith("/grpc.health."):
             return await continuation(details)
 
         async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "authorization metadata: wrong or missing token (set SAPO_TOKEN to the run's)",
-            )
+            await abort(context, refusal)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -52,40 +52,62 @@ async def serve(
     listen: str,
     http_listen: str,
     announce: Callable[[str], None] = print,
+    watch_seconds: float = WATCH_SECONDS,
 ) -> None:
     """listen: gRPC HOST:PORT. http_listen: probes and metrics. announce: told the gRPC address that was taken."""
-    token = environment.require("token")
+    url, redis_url, token = (environment.require(name) for name in ("control_plane_url", "redis_url", "token"))
     await asyncio.to_thread(refuse_taken, listen)
-    metrics = IngestMetrics()
+    metrics, patience = IngestMetrics(), environment.patience_seconds
     async with serving(probe_app(lifecycle, metrics.registry), http_listen):
-        lifecycle.wait_for("start", "the control plane's configuration")
-        async with ControlPlaneClient(environment.require("control_plane_url"), token) as control:
+        async with ControlPlaneClient(
+            url, token, patience=patience, waiting=lifecycle.peer("control plane")
+        ) as control:
             config = await control.config()
-        lifecycle.wait_for("start", "Redis")
-        async with await RunStore.connect(environment.require("redis_url"), config.run.name) as store:
+        async with await RunStore.connect(
+            redis_url, config.run.name, patience=patience, waiting=lifecycle.peer("Redis")
+        ) as store:
             server, probe = _server(token, IngestServicer(config, store, metrics))
-            try:
-                port = server.add_insecure_port(listen)
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"cannot listen: {error}", where=listen, fix="choose another --listen address"
-                ) from None
-            await server.start()
-            await probe.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-            await probe.set("", health_pb2.HealthCheckResponse.SERVING)
-            address = f"{listen.rpartition(':')[0]}:{port}"
+            address = await _started(server, listen)
             log.info("ingest of run %r on %s", config.run.name, address)
             announce(address)
             lifecycle.ready()
-            await lifecycle.stopping.wait()
+            await _watch(lifecycle, store, probe, watch_seconds)
             await probe.enter_graceful_shutdown()
             await asyncio.shield(server.stop(grace=DRAIN_SECONDS))
 
 
-def _server(token: str, servicer: IngestServicer) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+async def _started(server: grpc.aio.Server, listen: str) -> str:
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen: {error}", where=listen, fix="choose another --listen address") from None
+    await server.start()
+    return f"{listen.rpartition(':')[0]}:{port}"
+
+
+async def _watch(lifecycle: Lifecycle, store: RunStore, probe: health.aio.HealthServicer, seconds: float) -> None:
+    """Until the process stops: serving, ready and Redis within reach are one and the same."""
+    redis = lifecycle.peer("Redis")
+    while not lifecycle.stopping.is_set():
+        try:
+            await store.ping(seconds)
+        except SapoError as error:
+            redis(str(error))
+            status = health_pb2.HealthCheckResponse.NOT_SERVING
+        else:
+            redis(None)
+            status = health_pb2.HealthCheckResponse.SERVING
+        for name in (SERVICE, ""):
+            await probe.set(name, status)
+        await lifecycle.sleep(seconds)
+
+
+def _server(
+    token: str, servicer: IngestServicer, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     options = [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

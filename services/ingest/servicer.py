@@ -2,21 +2,28 @@
 
 A stream's groups are answered in the order they came. An ack is sent only after the append script has answered, so an
 accepted group is in the log, and nothing else is ever acknowledged as such. A stream that breaks in between may leave a
-group appended and unacknowledged: it comes again, and is a duplicate.
+group appended and unacknowledged: it comes again, and is a duplicate, also when it would no longer be valid.
+
+A malformed group gives its draw back: it is offered again, with the same seed, and set aside when every group of it is
+malformed. It stays open then, so the ledger still balances, and the run goes on without it.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from protos.sapo.v1 import ingest_pb2 as pb
 from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from protos.sapo.v1 import trajectory_pb2
-from sapo_learner.errors import InvalidTrajectory, Mismatch, SapoError, Unavailable
+from sapo_learner.errors import ConfigError, InvalidTrajectory, Mismatch, SapoError, Unauthenticated, Unavailable
 from sapo_learner.trajectory import SCHEMA_VERSION, TrajectoryGroup
-from services.runstore import RunStore
+from services.runstore import Refusal, RunStore
+from services.runtime import api
+from services.runtime.grpc_errors import abort
 from services.runtime.metrics import IngestMetrics
 from services.runtime.settings import RunConfig
 from services.wire import check_against_run, from_message
@@ -25,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _Response = pb.StreamTrajectoryGroupsResponse
 RETRY_MS = 250
+HELLO_SECONDS = 30.0
 _STATUS = {
     "OK": pb.Ack.STATUS_ACCEPTED,
     "DUPLICATE": pb.Ack.STATUS_DUPLICATE,
@@ -32,16 +40,23 @@ _STATUS = {
     "FULL": pb.Ack.STATUS_FULL,
     "NOT_READY": pb.Ack.STATUS_NOT_READY,
 }
+# What, and what to do: the place is put in front.
 _REASON = {
-    "EXPIRED": "the draw was offered again, or was never leased to this attempt",
-    "FULL": "the log's head is full: the learner has not read it yet",
-    "NOT_READY": "the log is being built",
+    "DUPLICATE": "accepted before (forget this group: it is in the log once)",
+    "EXPIRED": "offered again, or never leased to this attempt (forget this group: the draw is sampled anew)",
+    "FULL": "the log's head is full, the learner has not read it yet (keep the group, it is asked for again)",
+    "NOT_READY": "the log is being built (keep the group, it is asked for again)",
 }
+_STREAM = "StreamTrajectoryGroups"
+_SAME_VERSION = "run worker and ingest at the same version"
 
 
 class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
-    def __init__(self, config: RunConfig, store: RunStore, metrics: IngestMetrics) -> None:
-        self._config, self._store, self._metrics = config, store, metrics
+    def __init__(
+        self, config: RunConfig, store: RunStore, metrics: IngestMetrics, *, hello_seconds: float = HELLO_SECONDS
+    ) -> None:
+        """hello_seconds: how long a stream may be open before it says whose it is."""
+        self._config, self._store, self._metrics, self._hello_seconds = config, store, metrics, hello_seconds
         # What the run says of itself; read again when a group names a version that is not among them.
         self._versions: dict[int, int] = {}
         self._facts: dict[str, str] = {}
@@ -51,24 +66,35 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
         request_iterator: AsyncIterator[pb.StreamTrajectoryGroupsRequest],
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[pb.StreamTrajectoryGroupsResponse]:
-        worker = ""
+        worker, requests = "", aiter(request_iterator)
         with self._metrics.streams.track_inprogress():
             try:
-                async for request in request_iterator:
-                    match request.WhichOneof("message"), worker:
-                        case "hello", "":
-                            worker = await self._greet(request.hello)
-                            welcome = pb.Welcome(run=self._config.run.name, credits=self._config.ingest.credits)
-                            yield _Response(welcome=welcome)
-                        case "group", str(name) if name:
-                            yield _Response(ack=await self._accept(request.group))
-                        case _:
-                            raise InvalidTrajectory(
-                                "a stream is one hello, then groups", where="StreamTrajectoryGroups"
-                            )
-            except SapoError as error:
-                log.warning("stream of %s refused: %s", worker or "an unknown worker", error)
-                await context.abort(grpc.StatusCode[error.code], str(error))
+                hello = await self._hello(requests)
+                if hello is None:
+                    return
+                worker = await self._greet(hello)
+                yield _Response(welcome=pb.Welcome(run=self._config.run.name, credits=self._config.ingest.credits))
+                async for request in requests:
+                    if request.WhichOneof("message") != "group":
+                        raise _out_of_order(worker)
+                    yield _Response(ack=await self._accept(request.group, worker))
+            except (SapoError, DecodeError) as error:
+                refusal = _as_refusal(error)
+                log.warning("stream of %s refused: %s", worker or "an unknown worker", refusal)
+                await abort(context, refusal)
+
+    async def _hello(self, requests: AsyncIterator[pb.StreamTrajectoryGroupsRequest]) -> pb.Hello | None:
+        """None: the stream is over."""
+        try:
+            async with asyncio.timeout(self._hello_seconds):
+                first = await anext(requests, None)
+        except TimeoutError:
+            raise Unavailable(
+                f"no hello within {self._hello_seconds:g} s", where=_STREAM, fix="connect again, and say hello first"
+            ) from None
+        if first is not None and first.WhichOneof("message") != "hello":
+            raise _out_of_order("an unknown worker")
+        return first.hello if first is not None else None
 
     async def _greet(self, hello: pb.Hello) -> str:
         """Refuse a worker whose tokens would mean something else."""
@@ -77,10 +103,16 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
             raise Unavailable(
                 "no policy is published yet", where="ingest", fix="try again when the learner has started"
             )
-        if not hello.worker:
-            raise InvalidTrajectory("the hello names no worker", where="StreamTrajectoryGroups")
+        try:
+            api.check_worker_name(hello.worker)
+        except ValueError as error:
+            raise ConfigError(str(error), where=_STREAM, fix="choose another --name") from None
         if hello.schema_version != SCHEMA_VERSION:
-            raise Mismatch(f"schema version {hello.schema_version}, this run's is {SCHEMA_VERSION}", where=hello.worker)
+            raise Mismatch(
+                f"schema version {hello.schema_version}, this run's is {SCHEMA_VERSION}",
+                where=hello.worker,
+                fix=_SAME_VERSION,
+            )
         for name, given in (("tokenizer_digest", hello.tokenizer_digest), ("model_digest", hello.model_digest)):
             if given != facts[name]:
                 raise Mismatch(
@@ -91,15 +123,12 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
         log.info("worker %s connected", hello.worker)
         return str(hello.worker)
 
-    async def _accept(self, message: trajectory_pb2.TrajectoryGroup) -> pb.Ack:
+    async def _accept(self, message: trajectory_pb2.TrajectoryGroup, worker: str) -> pb.Ack:
         started = time.perf_counter()
         ack = pb.Ack(draw=message.draw, attempt=message.attempt)
         try:
-            await self._judge(message, ack)
-        except InvalidTrajectory as error:
-            log.warning("invalid group: %s", error)
-            ack.status, ack.reason = pb.Ack.STATUS_INVALID, str(error)
-        except Unavailable as error:
+            await self._judge(message, worker, ack)
+        except (Unavailable, Unauthenticated) as error:
             # Redis is away. Whether it took the group before or not, the worker keeps it and asks again.
             log.warning("draw %d must wait: %s", message.draw, error)
             ack.status, ack.reason = pb.Ack.STATUS_NOT_READY, str(error)
@@ -109,20 +138,39 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
         self._metrics.seconds.observe(time.perf_counter() - started)
         return ack
 
-    async def _judge(self, message: trajectory_pb2.TrajectoryGroup, ack: pb.Ack) -> None:
-        """Validate, append, and note the result in `ack`. Raises InvalidTrajectory, Unavailable."""
-        group = from_message(message)
-        await self._learn_of(group)
-        check_against_run(group, vocabulary=int(self._facts["vocabulary"]), versions=self._versions)
-        self._check_against_config(group)
+    async def _judge(self, message: trajectory_pb2.TrajectoryGroup, worker: str, ack: pb.Ack) -> None:
+        """Validate, append, and note the result in `ack`. Raises Unavailable."""
+        try:
+            group = from_message(message)
+            await self._learn_of(group)
+            check_against_run(group, vocabulary=int(self._facts["vocabulary"]), versions=self._versions)
+            self._check_against_config(group)
+        except InvalidTrajectory as error:
+            self._note_refusal(ack, error, await self._store.refuse(worker, message.draw, message.attempt))
+            return
         payload = message.SerializeToString(deterministic=True)
         limits = self._config.ingest
         result = await self._store.append(
             group.draw, group.attempt, payload, max_entries=limits.max_entries, max_bytes=limits.max_bytes
         )
-        ack.status, ack.entry_id, ack.reason = _STATUS[result.status], result.id, _REASON.get(result.status, "")
+        ack.status, ack.entry_id, ack.reason = _STATUS[result.status], result.id, _reason(ack, result.status)
         if result.status == "OK":
             self._metrics.bytes.inc(len(payload))
+
+    def _note_refusal(self, ack: pb.Ack, error: InvalidTrajectory, refusal: Refusal) -> None:
+        """What is settled is settled: a version may have been forgotten since the group was accepted."""
+        if refusal.status != "INVALID":
+            ack.status, ack.reason = _STATUS[refusal.status], _reason(ack, refusal.status)
+            return
+        if refusal.set_aside:
+            fate = (
+                f"all {refusal.refusals} groups of this draw were malformed: it is set aside, open, and offered again "
+                "when a control plane starts"
+            )
+        else:
+            fate = "the draw is offered again" if refusal.refusals else "the draw is another worker's"
+        ack.status, ack.reason = pb.Ack.STATUS_INVALID, f"{error}; {fate}"
+        log.log(logging.ERROR if refusal.set_aside else logging.WARNING, "invalid group: %s", ack.reason)
 
     async def _learn_of(self, group: TrajectoryGroup) -> None:
         """Read the run's versions and facts again when the group speaks of a version that is not known here."""
@@ -136,6 +184,7 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
     def _check_against_config(self, group: TrajectoryGroup) -> None:
         """Groups of another task, size or temperature would be trained on as if they were this run's."""
         expected = self._config.sampling
+        draw, settings = f"draw {group.draw}", "the worker must take the run's settings from its control plane"
         for name, given, wanted in (
             ("task", group.task, self._config.task.name),
             ("number of responses", len(group.trajectories), expected.group_size),
@@ -143,17 +192,37 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
             ("sampling.max_tokens", group.sampling.max_tokens, expected.max_tokens),
         ):
             if given != wanted:
-                raise InvalidTrajectory(f"{name} is {given!r}, the run's is {wanted!r}", where=f"draw {group.draw}")
-        sampled = max(int(each.loss_mask.sum()) for each in group.trajectories)
-        if sampled > expected.max_tokens:
-            raise InvalidTrajectory(
-                f"a response has {sampled} sampled tokens, sampling.max_tokens is {expected.max_tokens}",
-                where=f"draw {group.draw}",
-            )
-        longest = len(group.prompt_ids) + max(len(each.token_ids) for each in group.trajectories)
-        context = int(self._facts.get("context", longest))
-        if longest > context:
-            raise InvalidTrajectory(
-                f"prompt and response have {longest} tokens, the model's context is {context}",
-                where=f"draw {group.draw}",
-            )
+                raise InvalidTrajectory(f"{name} is {_short(given)}, the run's is {wanted!r}", where=draw, fix=settings)
+        context = int(self._facts["context"]) if "context" in self._facts else None
+        for index, each in enumerate(group.trajectories):
+            where, sampled = f"{draw}, response {index}", int(each.loss_mask.sum())
+            if sampled > expected.max_tokens:
+                what = f"{sampled} sampled tokens, sampling.max_tokens is {expected.max_tokens}"
+                raise InvalidTrajectory(what, where=where, fix=settings)
+            length = len(group.prompt_ids) + len(each.token_ids)
+            if context is not None and length > context:
+                what = f"prompt and response have {length} tokens, the model's context is {context}"
+                raise InvalidTrajectory(what, where=where, fix="stop sampling there, or lower sampling.max_tokens")
+
+
+def _out_of_order(worker: str) -> InvalidTrajectory:
+    what = f"{worker} sent something else: a stream is one hello, then groups"
+    return InvalidTrajectory(what, where=_STREAM, fix=_SAME_VERSION)
+
+
+def _as_refusal(error: SapoError | DecodeError) -> SapoError:
+    if isinstance(error, DecodeError):
+        return InvalidTrajectory(f"not a message of sapo.v1: {error}", where=_STREAM, fix=_SAME_VERSION)
+    if isinstance(error, Unauthenticated):
+        # Redis refuses ingest: no reason for the worker to think that its own token is wrong.
+        return Unavailable(error.what, where=error.where, fix=error.fix)
+    return error
+
+
+def _reason(ack: pb.Ack, status: str) -> str:
+    return f"draw {ack.draw}, attempt {ack.attempt}: {_REASON[status]}" if status in _REASON else ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import httpx
 from torch import Tensor
 
 from sapo_learner.errors import Mismatch, NotFound, SapoError
@@ -24,6 +23,7 @@ from services.runtime.metrics import RolloutMetrics
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0
+MAX_FAILURES = 12  # about four minutes
 SWAP_SECONDS = 600.0  # an engine that takes longer for new weights hangs
 
 
@@ -92,7 +92,10 @@ class Follower:
                 self._unpinned.set()
 
     async def run(self, confirm: Callable[[], Awaitable[None]]) -> None:
-        """Follow for ever. confirm: called after each swap, to tell the control plane."""
+        """Follow for ever. confirm: called after each swap, to tell the control plane.
+
+        Raises what keeps this worker from taking a version, after MAX_FAILURES tries in a row.
+        """
         failures = 0
         while True:
             await self._hint.wait()
@@ -101,6 +104,8 @@ class Follower:
                 swapped = await self._advance()
             except SapoError as error:
                 failures += 1
+                if failures == MAX_FAILURES:
+                    raise
                 await self._bear(error, failures)
                 self._hint.set()
                 continue
@@ -144,6 +149,6 @@ async def listen(control: ControlPlaneClient, hint: Callable[[int], None]) -> No
             async for event in control.events():
                 if event["data"] and event["data"]["version"] is not None:
                     hint(event["data"]["version"])
-        except (httpx.HTTPError, ValueError) as error:
-            log.debug("event stream ended: %s", error)
+        except SapoError as error:
+            log.debug("%s", error)  # heartbeats say it when the control plane is gone
         await asyncio.sleep(RETRY_SECONDS)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +15,14 @@ from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from protos.sapo.v1 import trajectory_pb2
 from sapo_learner import errors
 from sapo_learner.trajectory import TrajectoryGroup
+from services.runtime.grpc_errors import answered, from_rpc
 from services.wire import MAX_MESSAGE_BYTES, to_message
 
 log = logging.getLogger(__name__)
 Key = tuple[int, int]  # draw, attempt
 _RETRIED = (pb.Ack.STATUS_FULL, pb.Ack.STATUS_NOT_READY)
-_FATAL = {
-    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
-    grpc.StatusCode.FAILED_PRECONDITION: errors.Mismatch,
-    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidTrajectory,
-}
+# The worker itself is what is wrong: connecting again cannot help.
+_FATAL = (errors.Unauthenticated, errors.Mismatch, errors.InvalidTrajectory, errors.ConfigError)
 _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
@@ -47,9 +46,23 @@ class _Stream:
 
 
 class GroupSender:
-    def __init__(self, address: str, token: str, hello: pb.Hello, *, answer_seconds: float = 60.0) -> None:
-        """answer_seconds: a connection on which ingest owes an answer for longer is given up for a new one."""
-        self._address, self._hello, self._answer_seconds = address, hello, answer_seconds
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        hello: pb.Hello,
+        *,
+        answer_seconds: float = 60.0,
+        patience: float = 600.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        """answer_seconds: a connection on which ingest owes an answer for longer is given up for a new one.
+
+        patience: how long, in seconds, ingest is tried to be reached before `run` gives up.
+        """
+        self._address, self._hello = address, hello
+        self._answer_seconds, self._patience, self._max_bytes = answer_seconds, patience, max_message_bytes
+        self._unreached: float | None = None  # since when nothing has come from ingest; None: it answers
         self._metadata = (("authorization", f"Bearer {token}"),)
         self._pending: dict[Key, _Pending] = {}  # in the order they were sent first
         self._stream = _Stream()
@@ -61,8 +74,11 @@ class GroupSender:
         return len(self._pending)
 
     async def send(self, group: TrajectoryGroup) -> pb.Ack:
-        """Wait for a credit, send, and return the final ack. Cancelling gives the group up."""
-        message, key = to_message(group), (group.draw, group.attempt)
+        """Wait for a credit, send, and return the final ack. Cancelling gives the group up.
+
+        Raises InvalidTrajectory at once for a group that does not fit into one message.
+        """
+        message, key = to_message(group, max_bytes=self._max_bytes), (group.draw, group.attempt)
         while len(self._pending) >= self._credits:
             self._changed.clear()
             await self._changed.wait()
@@ -75,24 +91,47 @@ class GroupSender:
             self._changed.set()
 
     async def run(self) -> None:
-        """Keep a stream open. Raises when ingest refuses this worker for good."""
+        """Keep a stream open. Raises when ingest refuses this worker for good, or cannot be reached for too long."""
         backoff, said = FIRST_BACKOFF_SECONDS, ""
         while True:
+            if self._unreached is None:
+                self._unreached = time.monotonic()
             try:
                 async for _ in self._answers():
-                    backoff, said = FIRST_BACKOFF_SECONDS, ""
+                    backoff, said, self._unreached = FIRST_BACKOFF_SECONDS, "", None
                 problem = "it closed the stream"
             except grpc.aio.AioRpcError as error:
-                problem = error.details() or error.code().name
-                if error.code() in _FATAL:
-                    raise _FATAL[error.code()](problem, where=f"ingest {self._address}") from None
+                problem = self._judged(error)
             except ConnectionError as error:
                 problem = str(error)
             if problem != said:
                 log.warning("ingest %s: %s; trying again", self._address, problem)
                 said = problem
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+            await asyncio.sleep(max(0.0, min(backoff * random.uniform(0.5, 1.0), self._patience_left())))
+            if self._patience_left() <= 0:
+                raise self._gave_up(problem)
             backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+    def _judged(self, failure: grpc.aio.AioRpcError) -> str:
+        """Raises what is for good; else says why the stream ended."""
+        error = from_rpc(failure, where=f"ingest {self._address}")
+        if isinstance(error, _FATAL):
+            raise error from None
+        if answered(failure) is None:
+            return error.what
+        if isinstance(error, errors.Unavailable):
+            self._unreached = None  # ingest is there, and says what it waits for
+        return str(error)
+
+    def _patience_left(self) -> float:
+        return self._patience - (0.0 if self._unreached is None else time.monotonic() - self._unreached)
+
+    def _gave_up(self, problem: str) -> errors.Unavailable:
+        return errors.Unavailable(
+            f"ingest cannot be reached, tried for {self._patience:g} s: {problem}",
+            where=self._address,
+            fix="is it running, and is SAPO_INGEST_ADDRESS its address?",
+        )
 
     async def _answers(self) -> AsyncIterator[None]:
         """One connection; yields after every message from ingest."""
@@ -125,13 +164,14 @@ class GroupSender:
         try:
             while True:
                 oldest = next(iter(self._pending), None)
-                done, _ = await asyncio.wait([read], timeout=self._answer_seconds)
+                limit = max(0.0, min(self._answer_seconds, self._patience_left()))
+                done, _ = await asyncio.wait([read], timeout=limit)
                 if read.cancelled():  # by gRPC; as a CancelledError it would be taken for ours
                     raise ConnectionError("the call was cancelled")
                 if done:
                     return read.result()
                 if not stream.welcomed.is_set() or oldest in self._pending:
-                    raise ConnectionError(f"no answer for {self._answer_seconds:.0f} s")
+                    raise ConnectionError(f"no answer for {limit:.3g} s")
         finally:
             read.cancel()
 

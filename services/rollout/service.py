@@ -44,14 +44,13 @@ class _Parts:
 
 
 async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, http_listen: str) -> None:
-    token = environment.require("token")
-    metrics = RolloutMetrics()
-    with _scratch(f"{environment.control_plane_url} {name}") as scratch:
+    url, _, token = (environment.require(name) for name in ("control_plane_url", "ingest_address", "token"))
+    metrics, patience = RolloutMetrics(), environment.patience_seconds
+    with _scratch(f"{url} {name}") as scratch:
         async with (
             serving(probe_app(lifecycle, metrics.registry), http_listen),
-            ControlPlaneClient(environment.require("control_plane_url"), token) as control,
+            ControlPlaneClient(url, token, patience=patience, waiting=lifecycle.peer("control plane")) as control,
         ):
-            lifecycle.wait_for("start", "the control plane's configuration")
             config = await control.config()
             torch.set_num_threads(config.engine.threads)
             parts = _Parts(name, control, PolicyStore(control, scratch), metrics)
@@ -106,7 +105,10 @@ async def _work(
             worker=parts.name, tokenizer_digest=manifest.tokenizer_digest, model_digest=manifest.model_digest,
             schema_version=SCHEMA_VERSION,
         )  # fmt: skip
-        sender = GroupSender(environment.require("ingest_address"), environment.require("token"), hello)
+        sender = GroupSender(
+            environment.require("ingest_address"), environment.require("token"), hello,
+            patience=environment.patience_seconds,
+        )  # fmt: skip
         responder = Responder(engine, policy.tokenizer, build(config.task), config.sampling, parts.metrics)
         follower = Follower(engine, parts.store, parts.metrics)
         worker = Worker(parts.name, config, engine, responder, follower, parts.control, sender, parts.metrics)

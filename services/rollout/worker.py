@@ -35,17 +35,20 @@ HEARTBEAT_SECONDS = 1.0
 WAIT_SECONDS = 10.0
 DRAIN_SECONDS = 5.0  # for groups that are nearly done, and again for handing back the others
 MAX_ASKED = 4096  # draws per request, as the API bounds it
+EXAMPLE_CHARACTERS = 200  # of a prompt or response in a note
 MAX_INVALID = 3  # groups in a row that ingest refuses as malformed: one may be bad luck, three are this worker
 
 
 @dataclass
 class _Lease:
-    """A draw being worked on. tokens: sampled since the last renewal. sampling: False once only the ack is missing."""
+    """A draw being worked on. tokens: sampled since the last renewal. sampled: only scoring or the ack is missing.
+    sent: ingest may have accepted it."""
 
     draw: api.LeasedDraw
     task: asyncio.Task[None]
     tokens: int = 0
-    sampling: bool = True
+    sampled: bool = False
+    sent: bool = False
 
 
 class Worker:
@@ -72,6 +75,7 @@ class Worker:
         self._clock, self._idle_since = clock, clock()
         self._waiting_for = ""
         self._mixed = self._invalid = 0
+        self._notes: list[str] = []
         self._hopeless: int | None = 0  # groups so far without a correct response; None once that is settled
         self._watch = EngineWatch(clock)
         self._beating = asyncio.Lock()  # a later report must not arrive first
@@ -159,24 +163,25 @@ class Worker:
                     worker=self.name, version=policy.version, step=policy.step, rows=health.rows, tokens=health.tokens,
                     tokens_per_second=rate, busy=self._engine.busy_intervals(), leases=self._take_progress(),
                     waiting_for="" if self._working else self._waiting_for or "lease",
-                    mixed_version_responses=self._mixed,
+                    mixed_version_responses=self._mixed, notes=self._notes,
                 )
             )  # fmt: skip
         self._follower.hint(response.version)
         for each in response.lost:
             lease = self._leases.get((each.draw, each.attempt))
-            # A group on its way to ingest may have been accepted in this moment: only sampling is worth stopping.
-            if lease and lease.sampling:
+            # A group on its way to ingest may have been accepted in this moment.
+            if lease and not lease.sent:
                 log.info("lease of draw %d lost: sampling stopped", each.draw)
                 lease.task.cancel()
 
     def _take_progress(self) -> list[api.LeaseProgress]:
-        """Tokens per lease since the last time; a group on its way is ingest's to keep alive."""
+        """Tokens per lease since the last time. What is sampled keeps its lease while it is scored, however slowly, and
+        while ingest cannot take it: sampling it again would help nobody."""
         progress = []
         for (draw, attempt), lease in self._leases.items():
-            if lease.sampling:
-                progress.append(api.LeaseProgress(draw=draw, attempt=attempt, tokens=lease.tokens))
-                lease.tokens = 0
+            tokens = 1 if lease.sampled else lease.tokens
+            progress.append(api.LeaseProgress(draw=draw, attempt=attempt, tokens=tokens))
+            lease.tokens = 0
         return progress
 
     # ---- groups
@@ -190,10 +195,11 @@ class Worker:
 
         prompt_ids = self._responder.encode(draw.problem)
         sampled = await self._responder.respond(prompt_ids, draw.seed, self._config.sampling.group_size, progress)
+        lease.sampled = True
         rewards = await self._responder.rewards(draw.problem, sampled)
         self._observe(sampled)
         self._look_for_success(draw.problem, sampled, rewards)
-        lease.sampling = False
+        lease.sent = True
         trajectories = [_trajectory(*each) for each in zip(sampled, rewards, strict=True)]
         self._settle(await self._sender.send(self._group(draw, prompt_ids, trajectories)))
 
@@ -208,11 +214,13 @@ class Worker:
             return
         self._hopeless += 1
         if self._hopeless == self._config.training.groups_per_step:
-            log.warning(
-                "no response to the first %d prompts is correct; for example %r was answered %r, expected %r: "
-                "is that the format the task looks for?",
-                self._hopeless, problem.prompt, self._responder.text(sampled[0]), problem.answer,
-            )  # fmt: skip
+            note = (
+                f"no response to the first {self._hopeless} prompts is correct; for example {_short(problem.prompt)} "
+                f"was answered {_short(self._responder.text(sampled[0]))}, expected {_short(problem.answer)}: "
+                "is that the format the task looks for?"
+            )
+            log.warning("%s", note)
+            self._notes.append(note)
             self._hopeless = None
 
     def _group(self, draw: api.LeasedDraw, prompt_ids: list[int], trajectories: list[Trajectory]) -> TrajectoryGroup:
@@ -238,6 +246,10 @@ class Worker:
             log.error("ingest refused draw %d: %s", ack.draw, ack.reason)
         if self._invalid >= MAX_INVALID:
             raise InvalidTrajectory(f"ingest refused {self._invalid} groups in a row, the last: {ack.reason}")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= EXAMPLE_CHARACTERS else f"{text[:EXAMPLE_CHARACTERS]} ...")
 
 
 def _trajectory(sampled: Sampled, rewards: dict[str, float]) -> Trajectory:

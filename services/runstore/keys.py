@@ -13,7 +13,8 @@ index           list    "<bytes> <chain>" of each entry of `log`, in its order: 
 leases          zset    open draw -> deadline, ms
 lease_info      hash    open draw -> {worker, attempt, step, granted, lease_ms, max_lease_ms} as JSON
 lease_steps     zset    open draw -> optimizer step that its worker started from
-reoffered       zset    draw handed back or expired -> itself (lowest first)
+reoffered       zset    draw handed back or expired -> itself (lowest first); + 2^52: refused too often, set aside
+refusals        hash    draw -> how many of its groups were malformed, until one is accepted
 attempts        hash    draw -> its newest attempt, until it is accepted
 registry        hash    version, step: the current policy; version -1: none yet; missing: not restored yet
 versions        hash    known version -> "<step> <digest>"

@@ -10,6 +10,7 @@ from sapo_learner.archive import Entry, Head
 from services.runstore.connection import Connection, OutOfMemory
 
 AppendStatus = Literal["OK", "DUPLICATE", "EXPIRED", "FULL", "NOT_READY"]
+MAX_REFUSALS = 3  # of one draw: then it is set aside, or a prompt that nobody can answer would be sampled for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,22 @@ class AppendResult:
     status: AppendStatus
     id: str = ""
     sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """INVALID: the draw is offered again, or set aside after MAX_REFUSALS; refusals 0: another worker holds it.
+
+    Else what append would have said of the group, had it been well-formed.
+    """
+
+    status: Literal["INVALID", "DUPLICATE", "EXPIRED", "NOT_READY"]
+    refusals: int
+
+    @property
+    def set_aside(self) -> bool:
+        """The draw stays open, but is offered again only when another control plane starts."""
+        return self.refusals >= MAX_REFUSALS
 
 
 class Log(Connection):
@@ -35,7 +52,7 @@ class Log(Connection):
         FULL      max_entries or max_bytes (or the server's memory) would be exceeded; the lease lives on meanwhile
         NOT_READY the log must be rebuilt first
         """
-        keys = ["state", "log", "index", "leases", "lease_info", "lease_steps", "reoffered", "attempts"]
+        keys = ["state", "log", "index", "leases", "lease_info", "lease_steps", "reoffered", "attempts", "refusals"]
         try:
             reply = await self._script(
                 "append", keys, draw, attempt, kind, payload, _sha256(payload), max_entries, max_bytes
@@ -46,6 +63,12 @@ class Log(Connection):
         if result.status == "FULL":
             await self._script("hold", ["leases", "lease_info"], draw, attempt)
         return result
+
+    async def refuse(self, worker: str, draw: int, attempt: int) -> Refusal:
+        """End the lease of a group that must not enter the log, unless the draw is settled or another's anyway."""
+        keys = ["state", "leases", "lease_info", "lease_steps", "reoffered", "refusals"]
+        status, refusals = await self._script("refuse", keys, worker, draw, attempt, MAX_REFUSALS)
+        return Refusal(status.decode(), int(refusals))
 
     async def append_control(self, token: int, kind: str, payload: bytes) -> AppendResult:
         """Append an entry that belongs to no draw (`config`, `end`). OK or NOT_READY."""
@@ -99,7 +122,8 @@ class Log(Connection):
         accepted = set(accepted_draws)
         beyond = max(next_draw, max(accepted, default=-1) + 1)
         still_open = [draw for draw in range(beyond) if draw not in accepted]
-        keys = ["tokens", "state", "log", "index", "leases", "lease_info", "lease_steps", "reoffered", "attempts"]
+        draws = ["leases", "lease_info", "lease_steps", "reoffered", "attempts", "refusals"]
+        keys = ["tokens", "state", "log", "index", *draws]
         position = (head.generation, head.sequence, head.chain)
         return int(
             await self._script("rebuild", keys, token, uuid.uuid4().hex, *position, beyond, uncounted, *still_open)

@@ -1,10 +1,12 @@
 """RunStore: everything the services keep in Redis about one run, and its state at one glance."""
 
+import asyncio
 import json
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from sapo_learner.errors import Unavailable
 from services.runstore.leases import Leases
 from services.runstore.log import Log
 from services.runstore.registry import Registry
@@ -26,7 +28,10 @@ class OpenLease:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """generation is None while the log must be rebuilt; sequence counts accepted entries; unread: not yet archived."""
+    """generation is None while the log must be rebuilt; sequence counts accepted entries; unread: not yet archived.
+
+    reoffered: open draws that nobody holds, those set aside included.
+    """
 
     generation: int | None
     sequence: int
@@ -57,7 +62,23 @@ class RunStore(Log, Leases, Registry):
 
         floor: the newest token the caller knows of from elsewhere (the newest archive segment), for a lost server.
         """
-        return int(await self._script("acquire", ["tokens"], role, floor))
+        token = int(await self._script("acquire", ["tokens"], role, floor))
+        if role == "control-plane":
+            # Whoever starts one has perhaps mended what made every group of a draw malformed.
+            await self._script("readmit", ["reoffered", "refusals"])
+        return token
+
+    async def ping(self, seconds: float) -> None:
+        """Raises Unavailable when the server has not answered within so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._call(self._redis.ping, patience=seconds)
+        except TimeoutError:
+            raise Unavailable(
+                f"no answer within {seconds:g} s",
+                where=f"Redis at {self.address}",
+                fix="is it running, and is SAPO_REDIS_URL its address?",
+            ) from None
 
     async def state(self) -> RunState:
         """One consistent look; the memory in use is read beside it."""
@@ -84,10 +105,13 @@ class RunStore(Log, Leases, Registry):
 
     async def erase(self) -> int:
         """Forget everything about the run, to start anew under its old name. Returns the number of keys deleted."""
-        erased = 0
-        async for key in self._redis.scan_iter(match=self._keys("*")[0], count=1000):
-            erased += int(await self._call(partial(self._redis.delete, key)))
-        return erased
+        cursor, erased = 0, 0
+        while True:
+            cursor, keys = await self._call(partial(self._redis.scan, cursor, match=self._keys("*")[0], count=1000))
+            for key in keys:
+                erased += int(await self._call(partial(self._redis.delete, key)))
+            if not cursor:
+                return erased
 
     async def open_draws(self) -> set[int]:
         """Leased or offered again: draws below next_draw that no entry answers yet."""

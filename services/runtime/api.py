@@ -1,8 +1,37 @@
 """What crosses the control plane's HTTP API: one pydantic model per body, used by both ends."""
 
-from typing import Any
+import json
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+
+EVENT_SECONDS = 15.0  # an event stream says something at least this often
+MAX_NAME = 200
+MAX_LEASES = 1 << 16  # of one body
+
+
+def check_worker_name(name: str) -> str:
+    """Names are keys, labels and log lines. Raises ValueError that says what is wrong."""
+    if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+        shown = repr(name) if len(name) <= MAX_NAME else f"one of {len(name)} characters"
+        raise ValueError(f"a worker's name has 1 to {MAX_NAME} printable characters, this is {shown}")
+    return name
+
+
+WorkerName = Annotated[str, AfterValidator(check_worker_name)]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+"""What every part counts with exactly: Lua's numbers, too."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RequestBody(BaseModel):
+    """What a peer sends. JSON can hold half a surrogate pair, which nothing here could write down again."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _writable(cls, data: Any) -> Any:
+        json.dumps(data, ensure_ascii=False, default=str).encode()  # UnicodeEncodeError is a ValueError
+        return data
 
 
 class ProblemBody(BaseModel):
@@ -11,16 +40,16 @@ class ProblemBody(BaseModel):
     answer: str
 
 
-class LeaseRequest(BaseModel):
-    worker: str
+class LeaseRequest(RequestBody):
+    worker: WorkerName
     count: int = Field(ge=0, le=4096)
     """Most draws the worker takes."""
-    version: int = Field(ge=0)
-    step: int = Field(ge=0)
+    version: Count
+    step: Count
     """Policy the worker serves: its number and optimizer step."""
     evaluate: bool = True
     """Whether the worker can take an evaluation chunk, too."""
-    wait_seconds: float = Field(default=10, ge=0, le=60)
+    wait_seconds: float = Field(default=10, ge=0, le=60, allow_inf_nan=False)
     """How long the answer may wait for something to give."""
 
 
@@ -54,27 +83,29 @@ class LeaseResponse(BaseModel):
 
 
 class LeaseProgress(BaseModel):
-    draw: int
-    attempt: int
-    tokens: int = Field(ge=0)
+    draw: Count
+    attempt: Count
+    tokens: Count
     """Sampled for this lease since its last renewal; a lease without any is not renewed."""
 
 
-class Heartbeat(BaseModel):
-    worker: str
-    version: int
-    step: int
-    rows: int
+class Heartbeat(RequestBody):
+    worker: WorkerName
+    version: Count
+    step: Count
+    rows: Count
     """Responses in flight."""
-    tokens: int
+    tokens: Count
     """Sampled since the worker started."""
-    tokens_per_second: float
-    busy: list[tuple[float, float]] = []
+    tokens_per_second: Finite
+    busy: list[tuple[Finite, Finite]] = []
     """Unix times between which tokens were sampled, since the last heartbeat."""
-    leases: list[LeaseProgress] = []
+    leases: list[LeaseProgress] = Field(default=[], max_length=MAX_LEASES)
     waiting_for: str = ""
-    mixed_version_responses: int = 0
+    mixed_version_responses: Count = 0
     """Since the worker started."""
+    notes: list[str] = []
+    """What a person should know of, until the worker ends."""
 
 
 class HeartbeatResponse(BaseModel):
@@ -84,28 +115,28 @@ class HeartbeatResponse(BaseModel):
     """Leases that are no longer this worker's: stop sampling them."""
 
 
-class ReleaseRequest(BaseModel):
-    worker: str
-    leases: list[LeaseProgress]
+class ReleaseRequest(RequestBody):
+    worker: WorkerName
+    leases: list[LeaseProgress] = Field(max_length=MAX_LEASES)
 
 
-class ChunkResult(BaseModel):
-    worker: str
+class ChunkResult(RequestBody):
+    worker: WorkerName
     evaluation: str
-    chunk: int = Field(ge=0)
-    version: int
-    correct: list[int]
+    chunk: Count
+    version: Count
+    correct: list[Count]
     """Correct responses per problem of the chunk."""
-    samples: int = Field(ge=1)
+    samples: int = Field(ge=1, le=1 << 53)
     """Responses of the chunk."""
-    tokens: int = Field(ge=0)
+    tokens: Count
     """Of all its responses."""
     examples: list[str] = []
     """One response per problem."""
 
 
-class PublishRequest(BaseModel):
-    token: int
+class PublishRequest(RequestBody):
+    token: Count
     """The learner's fencing token."""
     manifest: dict[str, Any]
     facts: dict[str, str] = {}
@@ -113,16 +144,19 @@ class PublishRequest(BaseModel):
 
 
 class PublishResponse(BaseModel):
-    version: int
-    changed: bool
+    version: int | None = None
+    """None while the policy is held back."""
+    changed: bool = False
+    held_for: str = ""
+    """What must end before the policy may become current: ask again."""
 
 
-class LearnerReport(BaseModel):
+class LearnerReport(RequestBody):
     """What the learner tells after every step, and when it starts or waits."""
 
     state: str
-    step: int
-    cursor: int
+    step: Count
+    cursor: Count
     ledger: dict[str, int]
     record: dict[str, Any] | None = None
     """The step's figures, for the run's record."""

@@ -1,9 +1,8 @@
 """The control plane's HTTP client: retried with back-off while it cannot be reached, errors raised as our own."""
 
 import asyncio
-import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,23 +14,39 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from sapo_learner import errors
 from sapo_learner.manifest import Blob, Manifest
 from services.runtime import api
+from services.runtime.error_parts import from_parts
 from services.runtime.settings import RunConfig
 
-log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
-# Two classes share INVALID_ARGUMENT; trajectories do not travel here.
-_BY_CODE = {each.code: each for each in errors.SapoError.__subclasses__() if each is not errors.InvalidTrajectory}
 CHUNK = 1 << 20
+CONNECT_SECONDS, UPLOAD_FACTOR = 5.0, 20
 
 
 class ControlPlaneClient:
-    """One per process. `patience`: seconds of unreachability before a call raises Unavailable."""
+    """One per process.
 
-    def __init__(self, url: str, token: str, *, patience: float = 60.0) -> None:
-        self.url, self.patience = url.rstrip("/"), patience
+    patience: seconds of unreachability before a call raises Unavailable. answer_seconds: how long one request may be
+    without an answer (a long poll: beyond what it asked for; an upload, which is fsynced: UPLOAD_FACTOR times as long).
+    waiting: told why calls are being repeated, and None when one has succeeded again.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        patience: float = 60.0,
+        answer_seconds: float = 30.0,
+        waiting: Callable[[str | None], None] = lambda _: None,
+    ) -> None:
+        self.url, self.patience, self._waiting = url.rstrip("/"), patience, waiting
+        self._answer_seconds = min(answer_seconds, patience / 2)  # so that one is tried again
         self._http = httpx.AsyncClient(
-            base_url=self.url, headers={"Authorization": f"Bearer {token}"}, timeout=httpx.Timeout(30.0, connect=5.0)
+            base_url=self.url, headers={"Authorization": f"Bearer {token}"}, timeout=self._timeout()
         )
+
+    def _timeout(self, answer_seconds: float | None = None) -> httpx.Timeout:
+        return httpx.Timeout(answer_seconds or self._answer_seconds, connect=min(CONNECT_SECONDS, self._answer_seconds))
 
     async def __aenter__(self) -> "ControlPlaneClient":
         return self
@@ -51,7 +66,7 @@ class ControlPlaneClient:
         return ledger
 
     async def lease(self, request: api.LeaseRequest) -> api.LeaseResponse:
-        return await self._post("/v1/leases", request, api.LeaseResponse, timeout=request.wait_seconds + 30)
+        return await self._post("/v1/leases", request, api.LeaseResponse, longer=request.wait_seconds)
 
     async def release(self, request: api.ReleaseRequest) -> None:
         await self._json("POST", "/v1/leases/release", request)
@@ -82,7 +97,8 @@ class ControlPlaneClient:
         if (await self._request("HEAD", f"/v1/blobs/{blob.sha256}", accept=(404,))).status_code == 200:
             return
         content = await asyncio.to_thread(path.read_bytes)
-        await self._request("PUT", f"/v1/blobs/{blob.sha256}", content=content, timeout=600)
+        longer = (UPLOAD_FACTOR - 1) * self._answer_seconds
+        await self._request("PUT", f"/v1/blobs/{blob.sha256}", content=content, longer=longer)
 
     async def download(self, blob: Blob, directory: Path) -> Path:
         """GET a blob into `directory`, going on where an earlier try stopped; the digest is verified."""
@@ -93,6 +109,7 @@ class ControlPlaneClient:
         async for attempt in self._retrying():
             with attempt:
                 await self._fetch_rest(blob, partial)
+                self._waiting(None)
         arrived = await asyncio.to_thread(Blob.of, partial)
         if arrived != blob:
             partial.unlink()
@@ -101,12 +118,15 @@ class ControlPlaneClient:
         return target
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Server-sent events until the connection ends."""
-        timeout = httpx.Timeout(30.0, read=60.0)
-        async with aconnect_sse(self._http, "GET", "/v1/events", timeout=timeout) as source:
-            source.response.raise_for_status()
-            async for event in source.aiter_sse():
-                yield {"event": event.event, "data": event.json() if event.data else None}
+        """Server-sent events until the connection ends; raises Unavailable when it breaks or falls silent."""
+        timeout = self._timeout(api.EVENT_SECONDS + self._answer_seconds)
+        try:
+            async with aconnect_sse(self._http, "GET", "/v1/events", timeout=timeout) as source:
+                source.response.raise_for_status()
+                async for event in source.aiter_sse():
+                    yield {"event": event.event, "data": event.json() if event.data else None}
+        except (httpx.HTTPError, ValueError) as error:
+            raise errors.Unavailable(f"the event stream ended: {_detail(error)}", where=self.url) from error
 
     async def _fetch_rest(self, blob: Blob, partial: Path) -> None:
         have = partial.stat().st_size if partial.exists() else 0
@@ -118,27 +138,38 @@ class ControlPlaneClient:
             if response.status_code >= 400:
                 await response.aread()
                 raise _error(response)
-            with partial.open("ab" if response.status_code == 206 else "wb") as file:
-                async for chunk in response.aiter_bytes(CHUNK):
-                    file.write(chunk)
+            try:
+                with partial.open("ab" if response.status_code == 206 else "wb") as file:
+                    async for chunk in response.aiter_bytes(CHUNK):
+                        file.write(chunk)
+            except OSError as error:
+                raise errors.Unavailable(str(error), where=str(partial), fix="make room on the disk") from error
 
-    async def _post(self, path: str, body: BaseModel, answer: type[Body], timeout: float | None = None) -> Body:
-        return answer.model_validate(await self._json("POST", path, body, timeout=timeout))
+    async def _post(self, path: str, body: BaseModel, answer: type[Body], longer: float = 0) -> Body:
+        return answer.model_validate(await self._json("POST", path, body, longer=longer))
 
-    async def _json(self, method: str, path: str, body: BaseModel | None = None, timeout: float | None = None) -> Any:
+    async def _json(self, method: str, path: str, body: BaseModel | None = None, longer: float = 0) -> Any:
         content = body.model_dump_json() if body is not None else None
         headers = {"Content-Type": "application/json"} if content else None
-        return (await self._request(method, path, content=content, headers=headers, timeout=timeout)).json()
+        response = await self._request(method, path, content=content, headers=headers, longer=longer)
+        try:
+            return response.json()
+        except ValueError:
+            raise errors.SapoError(
+                f"an answer that is not JSON: {response.text[:80]!r}", where=f"{self.url}{path}",
+                fix="is SAPO_CONTROL_PLANE_URL the control plane's address?",
+            ) from None  # fmt: skip
 
     async def _request(
-        self, method: str, path: str, *, accept: tuple[int, ...] = (), timeout: float | None = None, **options: Any
+        self, method: str, path: str, *, accept: tuple[int, ...] = (), longer: float = 0, **options: Any
     ) -> httpx.Response:
         async for attempt in self._retrying():
             with attempt:
-                limit = timeout if timeout is not None else httpx.USE_CLIENT_DEFAULT
-                response = await self._http.request(method, path, timeout=limit, **options)
+                timeout = self._timeout(self._answer_seconds + longer)
+                response = await self._http.request(method, path, timeout=timeout, **options)
                 if response.status_code >= 400 and response.status_code not in accept:
                     raise _error(response)
+                self._waiting(None)
         return response
 
     def _retrying(self) -> AsyncRetrying:
@@ -146,27 +177,35 @@ class ControlPlaneClient:
             cause = state.outcome.exception() if state.outcome else None
             if isinstance(cause, errors.SapoError):
                 raise cause
-            detail = str(cause) or type(cause).__name__
             raise errors.Unavailable(
-                f"control plane not reachable for {self.patience:.0f} s: {detail}", where=self.url,
+                f"the control plane cannot be reached, tried for {self.patience:g} s: {_detail(cause)}",
+                where=self.url,
                 fix="is it running, and is SAPO_CONTROL_PLANE_URL its address?",
-            ) from cause  # fmt: skip
+            ) from cause
+
+        def failed(state: RetryCallState) -> None:
+            cause = state.outcome.exception() if state.outcome else None
+            what = cause.what if isinstance(cause, errors.SapoError) else _detail(cause)
+            self._waiting(f"the control plane at {self.url}: {what}")
 
         return AsyncRetrying(
             retry=retry_if_exception_type((httpx.TransportError, errors.Unavailable)),
             wait=wait_random_exponential(multiplier=0.1, max=3),
             stop=stop_after_delay(self.patience),
+            before_sleep=failed,
             retry_error_callback=gave_up,
         )
+
+
+def _detail(error: BaseException | None) -> str:
+    return str(error) or type(error).__name__
 
 
 def _error(response: httpx.Response) -> errors.SapoError:
     """The error that the control plane answered with, as the class it was raised as."""
     try:
-        body = response.json()["error"]
-        kind = _BY_CODE.get(body["code"], errors.SapoError)
-        return kind(body["what"], where=body["where"], fix=body["fix"])
-    except (ValueError, KeyError, TypeError):
+        return from_parts(response.json()["error"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         detail = response.text[:300]
         kind = errors.Unavailable if response.status_code in (502, 503, 504) else errors.SapoError
         return kind(f"HTTP {response.status_code}: {detail}", where=str(response.request.url))

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sapo_learner.errors import ConfigError, NotFound, SapoError, Unauthenticated, Unavailable
+from services.runtime.auth import check_bearer
+from services.runtime.error_parts import to_parts
 from services.runtime.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def probe_app(lifecycle: Lifecycle, registry: CollectorRegistry) -> FastAPI:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Every error, ours or not, as {"error": {code, what, where, fix}}."""
+    """Every error, ours or not, as {"error": {kind, code, what, where, fix}}."""
 
     @app.exception_handler(SapoError)
     async def ours(_: Request, error: SapoError) -> JSONResponse:
@@ -93,9 +94,8 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 def _body(error: SapoError, status: int | None = None) -> JSONResponse:
-    body = {"code": error.code, "what": error.what, "where": error.where, "fix": error.fix}
     headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthenticated) else None
-    return JSONResponse({"error": body}, status_code=status or error.http_status, headers=headers)
+    return JSONResponse({"error": to_parts(error)}, status_code=status or error.http_status, headers=headers)
 
 
 def _place(request: Request) -> str:
@@ -109,7 +109,7 @@ class Door:
     """
 
     def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._expected = app, f"Bearer {token}".encode()
+        self._app, self._token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"].startswith("/v1") else None
@@ -117,9 +117,9 @@ class Door:
 
     def _refusal(self, scope: Scope) -> SapoError | None:
         headers = dict(scope["headers"])
-        if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
-            fix = "set SAPO_TOKEN to the run's (that of a `sapo up` is in services.json of its directory)"
-            return Unauthenticated("wrong or missing token", where="Authorization header", fix=fix)
+        refused = check_bearer(headers.get(b"authorization", b""), self._token)
+        if refused is not None:
+            return refused
         if scope["method"] == "PUT":  # blobs go to a file as they come
             return None
         length = headers.get(b"content-length", b"0")
@@ -134,8 +134,18 @@ class _Server(uvicorn.Server):
         yield  # the process' own lifecycle handles them
 
 
+class Front:
+    """An ASGI application that can be replaced by another while it is being served."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
 @contextlib.asynccontextmanager
-async def serving(app: FastAPI, address: str) -> AsyncIterator[str]:
+async def serving(app: ASGIApp, address: str) -> AsyncIterator[str]:
     """Serve `app` while the block runs; yields the URL with the port that was really taken."""
     listener = await asyncio.to_thread(_bind, address)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)

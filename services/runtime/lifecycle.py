@@ -12,7 +12,9 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 
-from sapo_learner.errors import SapoError
+from sapo_learner.disk import as_unavailable
+from sapo_learner.errors import SapoError, Unavailable
+from services.runtime import inspection
 
 log = logging.getLogger(__name__)
 START_GRACE_SECONDS, DRAIN_GRACE_SECONDS = 3.0, 60.0
@@ -33,6 +35,18 @@ class Lifecycle:
 
     def ready(self, name: str = "start") -> None:
         self._waiting_for.pop(name, None)
+
+    def peer(self, name: str) -> Callable[[str | None], None]:
+        """For a client that repeats its calls: told why it does, and None when one has succeeded."""
+
+        def waiting(reason: str | None) -> None:
+            if reason is not None:
+                self.wait_for(name, reason)
+            elif name in self._waiting_for:
+                log.info("%s answers", name)
+                self.ready(name)
+
+        return waiting
 
     @property
     def waiting_for(self) -> list[str]:
@@ -67,6 +81,7 @@ def run(serve: Callable[[Lifecycle], Awaitable[None]]) -> int:
                 task.cancel()  # nothing to drain yet, whatever it waits for
             _end_after(START_GRACE_SECONDS if lifecycle.starting else DRAIN_GRACE_SECONDS)
 
+        inspection.install(loop)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
         try:
@@ -85,6 +100,12 @@ def run(serve: Callable[[Lifecycle], Awaitable[None]]) -> int:
         if isinstance(cause, SapoError):
             log.error("%s", cause)
             return cause.exit_code
+        if isinstance(cause, OSError) and (full := as_unavailable(cause)):
+            log.error("%s", full)
+            return full.exit_code
+        if isinstance(cause, MemoryError):
+            log.error("out of memory: %s (give this process more, or lower the run's sizes)", cause)
+            return Unavailable.exit_code
         log.error("died of %s", cause, exc_info=cause)
         return 1
     finally:

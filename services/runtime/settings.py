@@ -4,6 +4,7 @@ The file describes the run and is given to the control plane alone; every other 
 disagree. Addresses and the token come from the environment, never from the file.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from yaml import YAMLError
 
-from sapo_learner.config import CheckpointSettings, LearnerSettings, PolicySettings, Settings, parse
+from sapo_learner.config import ArchiveSettings, CheckpointSettings, LearnerSettings, PolicySettings, Settings, parse
 from sapo_learner.errors import ConfigError, SapoError
 from sapo_learner.trajectory import LogprobMode, SamplingParameters
 from services.tasks import TaskSettings
@@ -24,8 +25,8 @@ from services.tasks import TaskSettings
 class RunSettings(Settings):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     dir: str = ""
-    """Where the run's files live; default runs/NAME."""
-    seed: int = Field(default=0, ge=0)
+    """Where the run's files live, relative to the working directory; default runs/NAME."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seeds the base policy, the sampler and every response."""
 
     @property
@@ -35,7 +36,7 @@ class RunSettings(Settings):
 
 class SamplingSettings(Settings):
     group_size: int = Field(default=8, ge=1)
-    """Responses per draw: the group over which advantages are normalised."""
+    """Responses per draw: the group over which advantages are normalised. At least 2."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the sampling; training divides the logits by it, too."""
     max_tokens: int = Field(default=1024, ge=1)
@@ -53,7 +54,23 @@ class SamplingSettings(Settings):
             self.parameters()
         except SapoError as error:
             raise ValueError(error.what) from None
+        if self.group_size == 1:
+            raise ValueError(
+                "group_size 1 teaches nothing: a response is compared with the others of its group; use 2 or more"
+            )
+        self._fits_one_message()
         return self
+
+    def _fits_one_message(self) -> None:
+        from services.wire import MAX_MESSAGE_BYTES, TOKEN_BYTES
+
+        size = self.group_size * self.max_tokens * TOKEN_BYTES
+        if size > MAX_MESSAGE_BYTES:
+            raise ValueError(
+                f"group_size {self.group_size} x max_tokens {self.max_tokens} makes groups of up to {size >> 20} MiB, "
+                f"one message holds {MAX_MESSAGE_BYTES >> 20}: lower max_tokens to "
+                f"{MAX_MESSAGE_BYTES // TOKEN_BYTES // self.group_size}, or group_size"
+            )
 
     def parameters(self) -> SamplingParameters:
         return SamplingParameters(self.temperature, self.max_tokens, self.top_p, self.top_k, self.logprob_mode)
@@ -122,6 +139,7 @@ class RunConfig(LearnerSettings):
     engine: EngineSettings = EngineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    archive: ArchiveSettings = ArchiveSettings()
     ingest: IngestSettings = IngestSettings()
     probe: ProbeSettings = ProbeSettings()
     local: LocalSettings = LocalSettings()
@@ -145,7 +163,10 @@ class RunConfig(LearnerSettings):
     def _pacing_can_move(self) -> "RunConfig":
         age, every = self.training.max_policy_age, self.pacing.publish_every
         if self.lookahead > age:
-            raise ValueError(f"pacing.lookahead {self.lookahead} exceeds training.max_policy_age {age}")
+            raise ValueError(
+                f"pacing.lookahead {self.lookahead} exceeds training.max_policy_age {age}: what runs further ahead "
+                "would be too old when it is used; lower lookahead, or raise max_policy_age"
+            )
         if self.lookahead < every - 1:
             raise ValueError(
                 f"pacing.lookahead {self.lookahead} is below pacing.publish_every - 1 = {every - 1}: sampling would "
@@ -155,7 +176,7 @@ class RunConfig(LearnerSettings):
 
 
 class Environment(BaseSettings):
-    """SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS, SAPO_REDIS_URL, SAPO_TOKEN."""
+    """SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS, SAPO_REDIS_URL, SAPO_TOKEN, SAPO_PATIENCE_SECONDS."""
 
     model_config = SettingsConfigDict(env_prefix="SAPO_", extra="ignore")
 
@@ -163,29 +184,30 @@ class Environment(BaseSettings):
     ingest_address: str = ""
     redis_url: SecretStr = SecretStr("")
     token: SecretStr = SecretStr("")
+    patience_seconds: float = Field(default=600.0, gt=0)
+    """How long a service goes on trying to reach a peer that it needs before it gives up."""
 
     def require(self, name: str) -> str:
         """The value of SAPO_<NAME>, or a ConfigError that says so."""
         value = getattr(self, name)
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         if not text:
-            raise ConfigError(
-                "not set", where=f"environment SAPO_{name.upper()}", fix="every service but Redis needs it"
-            )
+            raise ConfigError("not set", where=f"environment SAPO_{name.upper()}", fix=f"set it to {_MEANING[name]}")
         return str(text)
+
+
+_MEANING = {
+    "control_plane_url": "the control plane's http://HOST:PORT",
+    "ingest_address": "ingest's HOST:PORT",
+    "redis_url": "the run's redis://HOST:PORT",
+    "token": "the run's token (that of a `sapo up` is in services.json of its directory)",
+}
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read run.yaml (None: defaults only) and apply `--set a.b=c` overrides; every mistake is one ConfigError."""
     where = str(path) if path else "--set"
-    try:
-        base = OmegaConf.load(path) if path else OmegaConf.create({})
-    except FileNotFoundError:
-        raise ConfigError("no such file", where=where, fix="`sapo config` prints a complete example") from None
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not readable as YAML: {_one_line(error)}", where=where) from None
-    if not isinstance(base, DictConfig):
-        raise ConfigError("not a mapping of settings", where=where)
+    base = _read(path) if path else OmegaConf.create({})
     for override in overrides:
         if not re.match(r"^[\w.]+=", override):
             raise ConfigError(
@@ -193,14 +215,35 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             )
     try:
         dotlist = OmegaConf.from_dotlist(list(overrides))
-    except YAMLError as error:
-        raise ConfigError(f"a value is not readable as YAML: {_one_line(error)}", where="--set") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"a value is not readable as YAML: {_one_line(error)}", where="--set", fix="quote what is text"
+        ) from None
     try:
         merged = OmegaConf.merge(base, dotlist)
         data: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error), where=where) from None
-    return parse(RunConfig, data, where=where)
+        raise ConfigError(
+            str(error).splitlines()[0], where=where, fix="`sapo config` prints a complete example"
+        ) from None
+    return parse(RunConfig, data, where=where, fix="`sapo config --explain KEY` says what a key takes")
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        read = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError("no such file", where=str(path), fix="`sapo config` prints a complete example") from None
+    except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException, RecursionError) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else _one_line(error)
+        raise ConfigError(
+            f"not readable as YAML: {what}", where=str(path), fix="`sapo config` prints a complete example"
+        ) from None
+    if not isinstance(read, DictConfig):
+        raise ConfigError(
+            "not a mapping of settings", where=str(path), fix="write sections, for example training: {steps: 50}"
+        )
+    return read
 
 
 def _one_line(error: Exception) -> str:
@@ -210,6 +253,16 @@ def _one_line(error: Exception) -> str:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return dump_yaml(config.model_dump(mode="json"))
+
+
+def save_config(config: RunConfig) -> None:
+    """Into the run's directory, on whichever machine that is: whole or not at all."""
+    path, text = config.run.directory / "run.yaml", dump_config(config)
+    if not path.is_file() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(text)
+        os.replace(temporary, path)
 
 
 def dump_yaml(settings: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import random
 import signal
 import stat
 
+import hiredis
 import pytest
 import redis.asyncio
 
@@ -16,13 +17,21 @@ from services.runstore import EmbeddedRedis, RunStore
 from services.runstore import embedded as embedded_module
 
 
-async def test_an_old_server_is_refused_with_what_is_needed(server, monkeypatch):
-    async def old(self):
-        return {"redis_version": "6.2.14", "maxmemory_policy": "noeviction"}
+async def test_an_old_server_is_refused_with_what_is_needed():
+    info = b"# Server\r\nredis_version:6.2.14\r\nmaxmemory_policy:noeviction\r\n"
 
-    monkeypatch.setattr(RunStore, "_info", old)
-    with pytest.raises(ConfigError, match=r"version 6\.2\.14.*Redis 7\.0 or newer"):
-        await RunStore.connect(server.url, "r")
+    async def old(reader, writer):
+        requests = hiredis.Reader()
+        while block := await reader.read(1 << 12):
+            requests.feed(block)
+            while (request := requests.gets()) is not False:
+                writer.write(b"$%d\r\n%s\r\n" % (len(info), info) if request[0] == b"INFO" else b"+OK\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(old, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        with pytest.raises(ConfigError, match=r"version 6\.2\.14.*Redis 7\.0 or newer"):
+            await RunStore.connect(f"redis://127.0.0.1:{port}/0", "r")
 
 
 async def test_a_server_that_may_evict_is_refused(server):

@@ -1,74 +1,155 @@
-"""The command line: help with examples everywhere, one sentence and an exit code for every likely mistake."""
+"""The command line: help with examples everywhere, exit codes, JSON for scripts, and no lie without a terminal."""
 
+import asyncio
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+import typer
 
 from sapo_learner.errors import SapoError
+from services import terminal
 from services.cli import app
+from services.runtime.http import probe_app, serving
+from services.runtime.lifecycle import Lifecycle
+from services.runtime.metrics import ControlPlaneMetrics
+from tests.command_line import Outcome, sapo
+from tests.small_run import Learner, Running, heartbeat, lease_request
 
-COMMANDS = [
-    ["up"], ["config"], ["status"], ["ledger"], ["eval"], ["sample"],
-    ["serve", "control-plane"], ["serve", "ingest"], ["serve", "learner"], ["serve", "rollout"],
-]  # fmt: skip
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command that does something, as it is typed."""
+    inner = getattr(command, "commands", {})
+    yield from () if inner else (path,)
+    for name, each in inner.items():
+        yield from commands(each, (*path, name))
 
 
+COMMANDS = sorted(commands(typer.main.get_command(app)))
+
+
+def test_the_commands_are_found() -> None:
+    assert {("up",), ("health",), ("serve", "rollout")} <= set(COMMANDS)
+    assert len(COMMANDS) >= 11
+
+
+@pytest.mark.parametrize("columns", ["30", "300"])
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_has_help_with_an_example(command: list[str]) -> None:
-    result = CliRunner().invoke(app, [*command, "--help"])
-    assert result.exit_code == 0
-    assert "Example" in result.output
-    assert f"sapo {' '.join(command)}" in result.output
+def test_every_command_has_help_with_examples_that_are_whole_whatever_columns_says(
+    command: tuple[str, ...], columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    outcome = sapo(*command, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    _, _, examples = outcome.out.partition("Examples:\n")
+    first = examples.splitlines()[0].strip()
+    assert re.match(rf"(\S+=\S+ )*sapo {' '.join(command)}( |$)", first), outcome.out
+    assert not re.search("[\x1b…─│]", outcome.out)
 
 
-def error_of(*arguments: str) -> SapoError:
-    result = CliRunner().invoke(app, list(arguments))
-    assert isinstance(result.exception, SapoError), result.output
-    return result.exception
+def test_help_ends_with_the_exit_codes_of_the_error_tree() -> None:
+    lines = [line.strip() for line in sapo("--help").out.splitlines()]
+    table = lines[lines.index("Exit codes:") + 1 :]
+    for kind in SapoError.__subclasses__():
+        assert f"{kind.exit_code}  {kind.__doc__}" in table
+    assert table[0].startswith("0  ")
+    assert table[-1].startswith("130  ")
+    assert [int(line.split()[0]) for line in table] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130]
+
+
+def test_the_list_of_commands_is_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "exits with 0 if it is and with 8 if it is not, saying for what it waits." in sapo("--help").out
+    assert "Usage: sapo serve" in sapo("serve").err
+
+
+# ---- JSON, and the same for people
 
 
 def test_config_prints_a_file_that_config_reads(tmp_path: Path) -> None:
-    printed = CliRunner().invoke(app, ["config", "--set", "objective.tau_neg=1.1"]).output
+    printed = sapo("config", "--set", "objective.tau_neg=1.1").out
     path = tmp_path / "run.yaml"
     path.write_text(printed)
-    again = CliRunner().invoke(app, ["config", str(path)])
-    assert again.output == printed
+    assert sapo("config", path).out == printed
     assert "tau_neg: 1.1" in printed
+    assert json.loads(sapo("config", path, "--json").out)["objective"] == {
+        "name": "sapo", "tau_pos": 1.0, "tau_neg": 1.1,
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("objective.name=sappo", "did you mean 'sapo'"),
-        ("objective.tau_negg=1", "did you mean 'tau_neg'"),
-        ("objective.tau_pos=-1", "greater than 0"),
-        ("trainin.steps=3", "did you mean 'training'"),
-        ("training.steps=many", "training.steps"),
-        ("pacing.lookahead=9", "exceeds training.max_policy_age"),
-    ],
-)
-def test_a_wrong_setting_is_one_sentence_before_anything_starts(override: str, expected: str) -> None:
-    error = error_of("config", "--set", override)
-    assert expected in str(error)
-    assert error.exit_code == 2
-    assert "\n" not in str(error)
+def test_config_says_on_standard_error_that_nothing_will_be_measured(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    model = tmp_path / "m"
+    model.mkdir()
+    for name, text in (("config.json", '{"model_type": "qwen3"}'), ("tokenizer.json", ""), ("a.safetensors", "")):
+        (model / name).write_text(text)
+    settings = ["task.name=jsonl", f"task.path={tmp_path}/p.jsonl", "task.held_out_fraction=1e-9"]
+    outcome = sapo("config", *(f"--set={each}" for each in [*settings, f"policy.source={model}"]), "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["task"]["held_out_fraction"] == 1e-9
+    assert outcome.err == "sapo: no problem is held out: pass@1 will not be measured\n"
 
 
-def test_status_of_nothing_says_so(tmp_path: Path) -> None:
-    assert "no such directory" in str(error_of("status", str(tmp_path / "none")))
-    assert "no `sapo up` runs" in str(error_of("status", str(tmp_path)))
+def test_an_explanation_as_json() -> None:
+    answer = json.loads(sapo("config", "--explain", "training.steps", "--json").out)
+    assert answer["key"] == "training.steps"
+    assert answer["lines"] == sapo("config", "--explain", "training.steps").out.splitlines()
+    assert "working directory" in sapo("config", "--explain", "task.path").out
 
 
-def test_ledger_of_nothing_says_so(tmp_path: Path) -> None:
-    assert "no run.yaml" in str(error_of("ledger", str(tmp_path)))
+async def test_health_tells_scripts_and_people_the_same() -> None:
+    lifecycle = Lifecycle()
+    lifecycle.wait_for("redis", "Redis")
+    async with serving(probe_app(lifecycle, ControlPlaneMetrics().registry), "127.0.0.1:0") as url:
+        for_people = await asyncio.to_thread(sapo, "health", url)
+        assert for_people.code == 8
+        assert for_people.err.startswith(f"sapo: {url}: not ready: waits for ")
+        for_scripts = await asyncio.to_thread(sapo, "health", url, "--json")
+        assert (for_scripts.code, for_scripts.err) == (8, "")
+        assert json.loads(for_scripts.out) == {"ready": False, "waiting_for": lifecycle.waiting_for}
+        lifecycle.ready()
+        lifecycle.ready("redis")
+        assert await asyncio.to_thread(sapo, "health", url) == Outcome(0, "ready\n", "")
+        for_scripts = await asyncio.to_thread(sapo, "health", url, "--json")
+        assert json.loads(for_scripts.out) == {"ready": True, "waiting_for": []}
 
 
-def test_policy_that_is_none_says_what_one_is(tmp_path: Path) -> None:
-    assert "neither a run directory" in str(error_of("eval", str(tmp_path)))
+async def test_status_and_ledger_by_url(running: Running, learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAPO_TOKEN", "the-run's-token")
+    monkeypatch.setenv("COLUMNS", "20")
+    assert (
+        "no rollout worker is heard of: everybody waits for one"
+        in (await asyncio.to_thread(sapo, "status", running.url)).out.splitlines()
+    )
+    await running.client.lease(lease_request("a"))
+    note = "no response to the first 32 prompts is correct; for example [/b] '1+1=' was answered '[red]3'"
+    await running.client.heartbeat(heartbeat("a", waiting_for="lookahead", notes=[note]))
+    answer = json.loads((await asyncio.to_thread(sapo, "status", running.url, "--json")).out)
+    assert answer["workers"][0]["notes"] == [note]
+    lines = (await asyncio.to_thread(sapo, "status", running.url)).out.splitlines()
+    assert f"note: {note}" in lines
+    assert any(re.match(r"draw 0 \(attempt 1\) has been with a for [\d.]+ s$", line) for line in lines)
+    assert any(line.startswith("a: version 0") and line.endswith("waits for lookahead") for line in lines)
+    ledger = await asyncio.to_thread(sapo, "ledger", running.url, "--json")
+    assert (ledger.code, json.loads(ledger.out)["balanced"]) == (0, True)
+    await learner.report("training", 1, cursor=5)
+    ledger = await asyncio.to_thread(sapo, "ledger", running.url)
+    assert ledger.code == 1
+    assert "    balanced  False" in ledger.out
+
+
+def test_figures_that_are_no_numbers_are_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_json({"a": [float("nan"), (float("inf"), 1.5)], "b": {"c": None}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, [None, 1.5]], "b": {"c": None}}
+
+
+# ---- The process itself
 
 
 def test_the_entry_point_prints_one_line_and_exits_with_its_code(tmp_path: Path) -> None:
@@ -77,7 +158,18 @@ def test_the_entry_point_prints_one_line_and_exits_with_its_code(tmp_path: Path)
     )
     assert result.returncode == 2
     assert result.stderr == f"sapo: {tmp_path}/none.yaml: no such file (`sapo config` prints a complete example)\n"
-    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_full_disk_behind_standard_output_is_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "services.cli", "config", "--explain", ""],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert result.returncode == 1
+    assert "No space left on device (make room on the disk" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_control_plane_ingest_and_command_line_start_without_torch() -> None:

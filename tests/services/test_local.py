@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,8 +14,10 @@ import pytest
 
 from sapo_learner.config import parse
 from sapo_learner.errors import SapoError, Unavailable
+from services import local
 from services.local import Child, LocalRun, set_aside
 from services.run_directory import live_services
+from services.runstore import EmbeddedRedis
 from services.runtime.settings import RunConfig
 
 FOREVER = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); time.sleep(600)"
@@ -184,3 +187,26 @@ def test_secrets_of_a_run_are_readable_by_their_owner_alone(tmp_path: Path) -> N
 
     LocalServices(1, 0.0, "http://x", "x:1", "redis://:secret@x", "token", {}).write(tmp_path)
     assert (tmp_path / "services.json").stat().st_mode & 0o077 == 0
+
+
+async def test_the_reason_of_a_server_on_a_full_disk_is_in_the_message_that_ends_the_run(
+    start: Callable[..., LocalRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start()
+    server = EmbeddedRedis(tmp_path / "redis")
+    full = f"(trap '' XFSZ; ulimit -f 0; exec {shlex.join(server.command())}) | cat; exit 1"  # its log has room
+    run.children = {"server": Child("server", ["/bin/sh", "-c", full])}
+    monkeypatch.setattr(local, "LITTLE_BYTES", 1 << 62)
+    await run.start()
+    with pytest.raises(SapoError, match=r"(?s)server died.*append only file on disk: File too large.*make room"):
+        await asyncio.wait_for(run.finished(asyncio.Event(), lambda _: None), 20)
+
+
+async def test_a_process_that_somebody_else_killed_may_have_found_no_memory(
+    start: Callable[..., LocalRun], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(ingest="import os; os.kill(os.getpid(), 9)")
+    await run.start()
+    with pytest.raises(SapoError, match=r"ingest died \(SIGKILL, which the kernel sends when memory runs out\)"):
+        await asyncio.wait_for(run.finished(asyncio.Event(), lambda _: None), 20)
+    assert "when memory runs out); restarting" in caplog.text

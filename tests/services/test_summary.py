@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from services import terminal
 from services.summary import overlap, print_report, summarise
 
 
@@ -77,3 +78,20 @@ def test_overlap_counts_time_once() -> None:
     assert overlap([(0.0, 10.0)], [(1.0, 3.0), (2.0, 4.0), (9.0, 20.0)]) == pytest.approx(0.4)
     assert overlap([(0.0, 1.0)], []) == 0
     assert overlap([], [(0.0, 1.0)]) is None
+
+
+def test_without_a_terminal_no_line_of_the_report_is_wrapped_or_cut_and_problems_stand_as_written(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    output = io.StringIO()
+    monkeypatch.setattr("sys.stdout", output)
+    prompt = "How many [b]apples[/] are [red] if there are nineteen and then one hundred more are brought? " * 3
+    summary = summarise(directory, seed=3, ledger_balanced=True)
+    summary["examples"] = [{"prompt": prompt.strip(), "base": "a" * 100, "trained": "b" * 100}]
+    print_report(terminal.console(), summary, directory / "summary.json")
+    lines = [line.rstrip() for line in output.getvalue().splitlines()]
+    assert f"{prompt.strip()}   {'a' * 100}   {'b' * 100}" in lines
+    assert "…" not in output.getvalue()
+    assert any(line.startswith("held-out pass@1: base 30.0 ± 1.0 % -> after RL 90.0") for line in lines)
+    assert lines[-1].endswith(str(directory / "summary.json"))

@@ -42,12 +42,12 @@ def groups(draw: st.DrawFn) -> TrajectoryGroup:
     mode = draw(st.sampled_from(["processed", "raw"]))
     temperature = 1.0 if mode == "raw" else draw(st.floats(1e-3, 1e3))
     return TrajectoryGroup(
-        draw=draw(st.integers(0, 2**64 - 1)),
+        draw=draw(st.integers(0, 2**63 - 1)),
         attempt=draw(st.integers(1, 2**32 - 1)),
         task=draw(st.text(max_size=8)),
         prompt_id=draw(st.text(max_size=8)),
         epoch=draw(st.integers(0, 2**32 - 1)),
-        seed=draw(st.integers(0, 2**64 - 1)),
+        seed=draw(st.integers(0, 2**63 - 1)),
         prompt_ids=np.array(prompt, np.int32),
         trajectories=tuple(draw(st.lists(trajectories(names), min_size=1, max_size=3))),
         sampling=SamplingParameters(temperature, draw(st.integers(1, 2**32 - 1)), logprob_mode=mode),
@@ -139,15 +139,20 @@ def sampling(**fields: Any) -> Change:
 MALFORMED: dict[str, tuple[Change, str]] = {
     "schema version": (assign(schema_version=2), "schema version 2"),
     "attempt 0": (assign(attempt=0), "attempt"),
+    "draw beyond 63 bits": (assign(draw=2**63), "draw 9223372036854775808: draw or attempt out of range"),
+    "seed beyond 63 bits": (assign(seed=2**63), "seed out of range"),
     "no prompt": (lambda m: m.ClearField("prompt_ids"), "prompt_ids has dtype DTYPE_UNSPECIFIED, expected DTYPE_INT32"),
     "empty prompt": (set_data("prompt_ids", b""), "prompt has no token"),
-    "negative prompt token": (set_data("prompt_ids", ints(-1)), "prompt token id is negative"),
+    "negative prompt token": (
+        set_data("prompt_ids", ints(-1)),
+        "draw 41, prompt, token 0: prompt token id -1 is negative",
+    ),
     "torn prompt": (set_data("prompt_ids", b"\0\0\0", 1), "prompt_ids states 1 elements of 4 bytes but holds 3"),
     "no response": (lambda m: m.ClearField("trajectories"), "no response"),
     "no tokens": (set_data("token_ids", b""), "response 1: a response has no token"),
     "wrong length": (set_data("token_ids", ints(1), 2), "response 1: token_ids states 2 elements"),
     "huge length": (set_data("token_ids", ints(1), 2**32 - 1), "response 1: token_ids states 4294967295"),
-    "negative token": (set_data("token_ids", ints(-5)), "response 1: a token id is negative"),
+    "negative token": (set_data("token_ids", ints(-5)), "draw 41, response 1, token 0: token id -5 is negative"),
     "float ids": (
         lambda m: setattr(m.trajectories[1].token_ids, "dtype", pb.DTYPE_FLOAT32),
         "response 1: token_ids has dtype DTYPE_FLOAT32, expected DTYPE_INT32",
@@ -158,15 +163,21 @@ MALFORMED: dict[str, tuple[Change, str]] = {
         "behaviour_logprobs has dtype DTYPE_INT32, expected DTYPE_FLOAT32",
     ),
     "log-prob missing": (set_data("behaviour_logprobs", b""), "behaviour_logprobs has shape (0,)"),
-    "log-prob NaN": (set_data("behaviour_logprobs", floats(np.nan)), "log-prob is not finite"),
-    "log-prob infinite": (set_data("behaviour_logprobs", floats(-np.inf)), "log-prob is not finite"),
-    "log-prob positive": (set_data("behaviour_logprobs", floats(0.5)), "log-prob is above 0"),
+    "log-prob NaN": (
+        set_data("behaviour_logprobs", floats(np.nan)),
+        "response 1, token 0: behaviour log-prob nan is not finite",
+    ),
+    "log-prob infinite": (set_data("behaviour_logprobs", floats(-np.inf)), "log-prob -inf is not finite"),
+    "log-prob positive": (
+        set_data("behaviour_logprobs", floats(0.5)),
+        "response 1, token 0: behaviour log-prob 0.5 is above 0",
+    ),
     "mask byte 2": (set_data("loss_mask", b"\2", 1), "loss_mask holds a byte that is neither 0 nor 1"),
     "mask byte 255": (set_data("loss_mask", b"\xff", 1), "loss_mask holds a byte that is neither 0 nor 1"),
     "mask too long": (set_data("loss_mask", b"\1\1", 2), "loss_mask has shape (2,)"),
     "no span": (lambda m: m.trajectories[1].ClearField("spans"), "spans cover 0 tokens of 1"),
     "short span": (lambda m: setattr(m.trajectories[0].spans[0], "length", 1), "spans cover 1 tokens of 2"),
-    "empty span": (lambda m: m.trajectories[0].spans.add(length=0), "version span is empty"),
+    "empty span": (lambda m: m.trajectories[0].spans.add(length=0), "response 0, token 2: a version span is empty"),
     "no reward": (lambda m: m.trajectories[0].ClearField("rewards"), "no reward"),
     "reward NaN": (lambda m: m.trajectories[0].rewards.update({"correct": float("nan")}), "reward is not finite"),
     "other reward": (lambda m: m.trajectories[0].rewards.update({"style": 1.0}), "different reward components"),
@@ -189,8 +200,9 @@ def test_a_malformed_field_is_one_error_that_names_it_and_the_draw(name: str) ->
     change(message)
     with pytest.raises(InvalidTrajectory) as caught:
         from_message(message)
-    assert expected in caught.value.what
-    assert caught.value.where == "draw 41"
+    assert expected in str(caught.value)
+    assert caught.value.where.startswith(f"draw {message.draw}")
+    assert caught.value.fix or "use top_p 1" in caught.value.what
     with pytest.raises(InvalidTrajectory):
         decode(message.SerializeToString())
 
@@ -234,9 +246,11 @@ def test_the_largest_message_that_the_sender_lets_pass_fits_with_its_envelope() 
 def test_ids_outside_the_vocabulary_are_refused_in_prompt_and_responses() -> None:
     known = {0: 0}
     check_against_run(group(), vocabulary=8, versions=known)
-    with pytest.raises(InvalidTrajectory, match="draw 0: response 1: token_ids holds 7, outside the vocabulary of 7"):
+    with pytest.raises(
+        InvalidTrajectory, match="draw 0, response 1, token 0: token id 7 is outside the vocabulary of 7"
+    ):
         check_against_run(group(), vocabulary=7, versions=known)
-    with pytest.raises(InvalidTrajectory, match="draw 0: prompt_ids holds 5"):
+    with pytest.raises(InvalidTrajectory, match="draw 0, prompt, token 1: token id 5"):
         check_against_run(group(trajectories=(trajectory((1,)),)), vocabulary=5, versions=known)
 
 
@@ -244,7 +258,9 @@ def test_an_unknown_version_or_one_of_another_step_is_refused() -> None:
     mixed = trajectory((5, 6), spans=(VersionSpan(1, 3, 30), VersionSpan(1, 4, 40)))
     both = group(trajectories=(trajectory((1,), version=3, spans=(VersionSpan(1, 3, 30),)), mixed))
     check_against_run(both, vocabulary=20, versions={3: 30, 4: 40})
-    with pytest.raises(InvalidTrajectory, match="policy version 4 is not one of the run's"):
+    with pytest.raises(
+        InvalidTrajectory, match="draw 0, response 1, token 1: policy version 4 is not one of the run's"
+    ):
         check_against_run(both, vocabulary=20, versions={3: 30})
     with pytest.raises(InvalidTrajectory, match="policy version 4 comes from step 41, not 40"):
         check_against_run(both, vocabulary=20, versions={3: 30, 4: 41})

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sapo_learner.errors import ConfigError, SapoError, Unavailable
+from sapo_learner.memory import enough_memory
 from sapo_learner.policy import Policy
 from services.rollout.engines import EngineHealth, PolicyVersion, SampleRequest, TokenDelta
 from services.rollout.engines.decoder import BatchDecoder
@@ -29,7 +30,9 @@ class TorchEngine:
     def __init__(self, policy: Policy, version: PolicyVersion, *, slots: int = 256) -> None:
         """policy: becomes the engine's own. slots: responses decoded in one batch; more wait their turn."""
         self.name = f"torch {torch.__version__}"
-        self._decoder = BatchDecoder(policy, version, slots=slots)
+        self._lower = f"lower engine.slots (now {slots}), or sampling.max_tokens in a new run"
+        with enough_memory("making room for the responses", where=self.name, fix=self._lower):
+            self._decoder = BatchDecoder(policy, version, slots=slots)
         self._context: int | None = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -130,10 +133,11 @@ class TorchEngine:
 
         def command() -> None:
             try:
-                result = function()
+                with enough_memory("taking over weights or scoring", where=self.name, fix=self._lower):
+                    result = function()
             except Exception as error:
                 self._loop.call_soon_threadsafe(settle, future.set_exception, error)
-                if not isinstance(error, SapoError):
+                if isinstance(error, Unavailable) or not isinstance(error, SapoError):
                     raise  # nobody knows what state it left behind
             else:
                 self._loop.call_soon_threadsafe(settle, future.set_result, result)
@@ -162,10 +166,13 @@ class TorchEngine:
     def _run(self) -> None:
         ended = "closed"
         try:
-            while self._take_commands():
-                self._admit()
-                if self._decoder.active:
-                    self._decode()
+            with enough_memory("sampling", where="", fix=self._lower):
+                while self._take_commands():
+                    self._admit()
+                    if self._decoder.active:
+                        self._decode()
+        except Unavailable as error:
+            ended = str(error)
         except BaseException as error:
             ended = f"{type(error).__name__}: {error}"
         finally:

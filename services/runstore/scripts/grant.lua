@@ -34,8 +34,10 @@ local reply, waiting_for = {''}, nil
 for _ = 1, tonumber(count) do
   waiting_for = stopped_by()
   if waiting_for then break end
-  local draw = redis.call('ZPOPMIN', reoffered)[1]
-  if not draw then
+  local draw = redis.call('ZRANGEBYSCORE', reoffered, '-inf', '(' .. string.format('%d', SET_ASIDE), 'LIMIT', 0, 1)[1]
+  if draw then
+    redis.call('ZREM', reoffered, draw)
+  else
     draw = next_draw
     next_draw = string.format('%d', next_draw + 1)
     redis.call('HSET', state, 'next_draw', next_draw)

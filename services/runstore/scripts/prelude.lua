@@ -23,6 +23,24 @@ local function close(leases, lease_info, lease_steps, draw)
   redis.call('ZREM', lease_steps, draw)
 end
 
+-- Draws of `reoffered` with a score from here on are open, but not offered: they were refused too often.
+local SET_ASIDE = 2 ^ 52
+
+-- Why a group can no longer be appended (NOT_READY, DUPLICATE, EXPIRED); else nil, and its lease.
+local function fate(state, lease_info, reoffered, draw, attempt)
+  local generation, next_draw = unpack(redis.call('HMGET', state, 'generation', 'next_draw'))
+  if not generation then return 'NOT_READY' end
+  local info = redis.call('HGET', lease_info, draw)
+  if not info then
+    local was_accepted = tonumber(draw) < tonumber(next_draw) and not redis.call('ZSCORE', reoffered, draw)
+    return was_accepted and 'DUPLICATE' or 'EXPIRED'
+  end
+  info = cjson.decode(info)
+  -- No look at the deadline: until a sweep offers the draw again, a late group is as good as any.
+  if info.attempt ~= tonumber(attempt) then return 'EXPIRED' end
+  return nil, info
+end
+
 -- The next entry of the log: XADD first, the only command here that can fail. Returns id and sequence.
 local function append_entry(state, log, index, kind, draw, payload, digest)
   local generation, sequence, chain = unpack(redis.call('HMGET', state, 'generation', 'sequence', 'chain'))

@@ -205,6 +205,31 @@ async def test_progress_keeps_a_lease_and_the_lack_of_it_loses_it(redis: Embedde
         assert [(each.draw, each.attempt) for each in lost] == [(idle.draw, idle.attempt)]
 
 
+@pytest.mark.parametrize("shift", [-86_400.0, 86_400.0])
+async def test_a_host_whose_clock_is_wrong_neither_ends_nor_prolongs_a_lease(
+    redis: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float
+) -> None:
+    """Redis' clock alone decides; the control plane's and the worker's may be a day off, and jump."""
+    config = run_config(tmp_path, pacing={"lease_seconds": 0.3})
+    true_time, true_monotonic, off = time.time, time.monotonic, [0.0]
+    monkeypatch.setattr(time, "time", lambda: true_time() + off[0])
+    async with control_plane(config, redis.url) as running:
+        await Learner(running).start()
+        (lease,) = (await running.client.lease(lease_request("w", 1))).draws
+        off[0] = shift
+        progress = api.LeaseProgress(draw=lease.draw, attempt=lease.attempt, tokens=1)
+        assert (await running.client.heartbeat(heartbeat("w", leases=[progress]))).lost == []
+        (held,) = (await running.store.state()).leases
+        assert held.draw == lease.draw
+        assert 0 < held.remaining_seconds <= 0.3
+        since = true_monotonic()
+        (again,) = (await running.client.lease(lease_request("other", 1, wait_seconds=5))).draws
+        while again.draw != lease.draw:  # new draws come first while the lease lives
+            (again,) = (await running.client.lease(lease_request("other", 1, wait_seconds=5))).draws
+        assert true_monotonic() - since < 4
+        assert (again.seed, again.attempt) == (lease.seed, lease.attempt + 1)
+
+
 async def test_a_restarted_control_plane_knows_who_serves_what_and_what_is_leased(
     redis: EmbeddedRedis, config: RunConfig
 ) -> None:

@@ -38,7 +38,7 @@ async def blob(http: httpx.AsyncClient) -> str:
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status
     error: dict[str, Any] = response.json()["error"]
-    assert set(error) == {"code", "what", "where", "fix"}
+    assert set(error) == {"kind", "code", "what", "where", "fix"}
     return error
 
 

@@ -1,105 +1,21 @@
 """Ingest over real gRPC and a real run store: each group in the log once, and every other one told why not."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
-import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.sapo.v1 import ingest_pb2 as pb
-from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
-from protos.sapo.v1 import trajectory_pb2
-from sapo_learner.trajectory import SamplingParameters, TrajectoryGroup
-from services.ingest.service import SERVICE, _server
-from services.ingest.servicer import IngestServicer
-from services.runstore import AppendResult, EmbeddedRedis, RunStore
-from services.runtime.metrics import IngestMetrics
-from services.wire import MAX_MESSAGE_BYTES, decode, to_message
-from tests.small_run import (
-    TOKEN,
-    VOCABULARY,
-    Learner,
-    Running,
-    group,
-    lease_request,
-    snapshot_files,
-    snapshot_manifest,
-    trajectory,
-)
+from sapo_learner.errors import Unavailable
+from services.ingest.service import SERVICE
+from services.runstore import AppendResult
+from services.wire import decode, to_message
+from tests.ingest_door import Ingest, hello, lease, refusal, request, send
+from tests.small_run import TOKEN, Learner, Running, group
 
-AUTHORIZED = (("authorization", f"Bearer {TOKEN}"),)
-MANIFEST = snapshot_manifest(0, snapshot_files("any"))
 Ack = pb.Ack
-
-
-def hello(**fields: Any) -> pb.StreamTrajectoryGroupsRequest:
-    facts: dict[str, Any] = {"model_digest": MANIFEST.model_digest, "tokenizer_digest": MANIFEST.tokenizer_digest}
-    return pb.StreamTrajectoryGroupsRequest(hello=pb.Hello(**({"worker": "w", "schema_version": 1} | facts | fields)))
-
-
-def request(one: TrajectoryGroup | trajectory_pb2.TrajectoryGroup) -> pb.StreamTrajectoryGroupsRequest:
-    return pb.StreamTrajectoryGroupsRequest(group=to_message(one) if isinstance(one, TrajectoryGroup) else one)
-
-
-@dataclass
-class Ingest:
-    address: str
-    store: RunStore
-    servicer: IngestServicer
-    channel: grpc.aio.Channel
-
-    def open(self, metadata: Any = AUTHORIZED) -> Any:
-        return pb_grpc.TrajectoryIngestServiceStub(self.channel).StreamTrajectoryGroups(metadata=metadata)
-
-    async def greeted(self) -> Any:
-        stream = self.open()
-        await stream.write(hello())
-        assert (await stream.read()).WhichOneof("message") == "welcome"
-        return stream
-
-
-async def send(stream: Any, one: TrajectoryGroup | trajectory_pb2.TrajectoryGroup) -> pb.Ack:
-    await stream.write(request(one))
-    async with asyncio.timeout(10):
-        return (await stream.read()).ack
-
-
-async def refusal(stream: Any, *messages: pb.StreamTrajectoryGroupsRequest) -> tuple[grpc.StatusCode, str]:
-    """How ingest ends the stream."""
-    async with asyncio.timeout(10):
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it may have ended before the last message
-            for message in messages:
-                await stream.write(message)
-            while await stream.read() is not grpc.aio.EOF:
-                pass
-        return await stream.code(), await stream.details()
-
-
-@pytest_asyncio.fixture
-async def ingest(running: Running, redis: EmbeddedRedis) -> AsyncIterator[Ingest]:
-    async with await RunStore.connect(redis.url, running.config.run.name) as store:
-        servicer = IngestServicer(running.config, store, IngestMetrics())
-        server, probe = _server(TOKEN, servicer)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        await probe.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
-            yield Ingest(f"127.0.0.1:{port}", store, servicer, channel)
-        await server.stop(None)
-
-
-async def lease(running: Running, count: int = 1) -> list[TrajectoryGroup]:
-    """Groups that answer freshly leased draws."""
-    draws = (await running.client.lease(lease_request(count=count))).draws
-    assert len(draws) == count
-    return [group(each.draw, each.attempt) for each in draws]
 
 
 async def test_the_welcome_names_the_run_and_the_credits(running: Running, learner: Learner, ingest: Ingest) -> None:
@@ -164,46 +80,6 @@ async def test_an_attempt_that_is_no_longer_current_has_expired(
     assert (await send(stream, one)).status == Ack.STATUS_ACCEPTED
 
 
-INVALID: dict[str, tuple[dict[str, Any], str]] = {
-    "vocabulary": ({"trajectories": (trajectory((VOCABULARY,)),) * 2}, "outside the vocabulary"),
-    "prompt": ({"prompt_ids": np.array([VOCABULARY], np.int32)}, "prompt_ids holds 20"),
-    "unknown version": ({"version": 3}, "policy version 3 is not one of the run's"),
-    "task": ({"task": "chess"}, "task is 'chess', the run's is 'arithmetic'"),
-    "group size": ({"trajectories": (trajectory(),)}, "number of responses is 1, the run's is 2"),
-    "temperature": ({"sampling": SamplingParameters(0.7, 8)}, "sampling.temperature is 0.7"),
-    "length": ({"trajectories": (trajectory((5,) * 9),) * 2}, "9 sampled tokens, sampling.max_tokens is 8"),
-    "context": ({"prompt_ids": np.full(63, 5, np.int32)}, "the model's context is 64"),
-    "max_tokens": ({"sampling": SamplingParameters(1.0, 9)}, "sampling.max_tokens is 9"),
-}
-
-
-@pytest.mark.parametrize("name", INVALID)
-async def test_a_group_that_is_not_this_runs_is_refused_for_good_and_says_why(
-    running: Running, learner: Learner, ingest: Ingest, name: str
-) -> None:
-    fields, reason = INVALID[name]
-    (one,) = await lease(running)
-    stream = await ingest.greeted()
-    ack = await send(stream, group(one.draw, one.attempt, **fields))
-    assert (ack.status, ack.retry_after_ms) == (Ack.STATUS_INVALID, 0)
-    assert reason in ack.reason
-    assert f"draw {one.draw}" in ack.reason
-    assert (await send(stream, one)).status == Ack.STATUS_ACCEPTED  # the stream lives on
-    assert (await ingest.store.state()).sequence == 1
-
-
-async def test_a_malformed_message_is_refused_for_good(running: Running, learner: Learner, ingest: Ingest) -> None:
-    (one,) = await lease(running)
-    message = to_message(one)
-    message.trajectories[1].behaviour_logprobs.data = b"\0"
-    ack = await send(await ingest.greeted(), message)
-    assert ack.status == Ack.STATUS_INVALID
-    assert "response 1: behaviour_logprobs states 1 elements of 4 bytes but holds 1" in ack.reason
-    message = to_message(one)
-    message.trajectories[0].spans[0].policy_step = 5
-    assert "comes from step 0, not 5" in (await send(await ingest.greeted(), message)).reason
-
-
 async def test_a_version_published_meanwhile_is_known_at_once(
     running: Running, learner: Learner, ingest: Ingest
 ) -> None:
@@ -254,8 +130,6 @@ async def test_a_redis_that_is_away_costs_neither_the_stream_nor_the_group(
     running: Running, learner: Learner, ingest: Ingest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The append happens, but its answer is lost: the group is kept, sent again, and in the log once."""
-    from sapo_learner.errors import Unavailable
-
     (one,) = await lease(running)
     lost: list[AppendResult] = []
     append = ingest.store.append
@@ -359,18 +233,6 @@ async def test_before_the_first_policy_a_worker_is_told_to_try_again(ingest: Ing
     code, details = await refusal(ingest.open(), hello())
     assert code is grpc.StatusCode.UNAVAILABLE
     assert "no policy is published yet" in details
-
-
-async def test_a_message_beyond_the_limit_ends_its_stream_and_nobody_elses(
-    running: Running, learner: Learner, ingest: Ingest
-) -> None:
-    (one,) = await lease(running)
-    other = await ingest.greeted()
-    message = to_message(one)
-    message.engine = "x" * MAX_MESSAGE_BYTES
-    code, _ = await refusal(await ingest.greeted(), request(message))
-    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (await send(other, one)).status == Ack.STATUS_ACCEPTED
 
 
 async def test_health_needs_no_token(ingest: Ingest) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapo_learner.errors import Corrupt
-from sapo_learner.manifest import Blob
+from sapo_learner.errors import Corrupt, Fenced
+from sapo_learner.manifest import Blob, Manifest
 from sapo_learner.policy import Policy, load_policy, tiny_policy, write_policy
 from sapo_learner.snapshot import read_snapshot, weights_digest
 from services.learner.publisher import Publisher, copy_weights
@@ -25,6 +25,7 @@ class ControlPlane:
         self.gate = asyncio.Event()
         self.gate.set()
         self.arrived = asyncio.Event()
+        self.holds = 0  # so many times a policy is held back first
 
     async def upload(self, path: Path, blob: Blob) -> None:
         (self.directory / blob.sha256).write_bytes(path.read_bytes())
@@ -32,6 +33,9 @@ class ControlPlane:
     async def publish(self, request: api.PublishRequest) -> api.PublishResponse:
         self.arrived.set()
         await self.gate.wait()
+        if self.holds:
+            self.holds -= 1
+            return api.PublishResponse(held_for="an evaluation")
         self.published.append(request)
         return api.PublishResponse(version=len(self.published) - 1, changed=True)
 
@@ -53,6 +57,14 @@ def publisher(tmp_path: Path, policy: Policy, control: ControlPlane) -> Publishe
     return Publisher(
         control, policy, dtype="float32", staging=tmp_path / "staging", token=7, metrics=LearnerMetrics()  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+async def test_a_policy_that_is_held_back_is_asked_for_again(
+    publisher: Publisher, control: ControlPlane, policy: Policy
+) -> None:
+    control.holds = 3
+    assert (await publisher.publish(copy_weights(policy, 1))).version == 0
+    assert [request.manifest["step"] for request in control.published] == [1]
 
 
 async def test_what_is_published_is_the_weights_at_that_step(
@@ -105,4 +117,27 @@ async def test_staging_holds_no_weights_afterwards(publisher: Publisher, policy:
         with torch.no_grad():
             policy.head_weight.add_(0.1)
         manifest = await publisher.publish(copy_weights(policy, step))
-        assert not any((tmp_path / "staging" / part.sha256).exists() for part in manifest.parts)
+        assert not any(list((tmp_path / "staging").rglob(part.sha256)) for part in manifest.parts)
+
+
+async def test_I7_a_learner_that_wakes_beside_a_newer_one_neither_harms_it_nor_dies_of_a_missing_file(
+    publisher: Publisher, control: ControlPlane, policy: Policy, tmp_path: Path
+) -> None:
+    newer = Publisher(
+        control, policy, dtype="float32", staging=tmp_path / "staging", token=8, metrics=LearnerMetrics()  # type: ignore[arg-type]
+    )  # fmt: skip
+    older_upload, newer_upload = publisher._upload, newer._upload
+
+    async def overtaken(manifest: Manifest) -> None:
+        async def disturbed(manifest: Manifest) -> None:
+            publisher._empty_staging()
+            await newer_upload(manifest)
+
+        newer._upload = disturbed  # type: ignore[method-assign]
+        assert (await newer.publish(copy_weights(policy, 2))).version == 0
+        await older_upload(manifest)
+
+    publisher._upload = overtaken  # type: ignore[method-assign]
+    with pytest.raises(Fenced, match="newer learner"):
+        await publisher.publish(copy_weights(policy, 1))
+    assert [request.manifest["step"] for request in control.published] == [2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from sapo_learner.archive import Archive, Entry
+from sapo_learner.archive import Archive, Entry, Head
 from services.learner import reader as reader_module
 from services.learner.reader import ArchiveLog, Reader
 from services.runstore import EmbeddedRedis, Pacing, RunStore
@@ -37,7 +37,7 @@ class Learner:
 
     async def start(self) -> "Learner":
         self.token = await self.store.acquire_token("learner")
-        self.archive = Archive(self.directory, self.token)
+        self.archive = Archive(self.directory, self.token, segment_bytes=120)
         self.reader = Reader(self.store, self.archive, self.token)
         await self.reader.mend()
         return self
@@ -126,6 +126,27 @@ async def test_I2_a_lost_redis_is_rebuilt_from_the_archive_and_unread_draws_are_
     assert learner.archive.head.generation == 2
 
 
+async def test_I1_a_rebuild_from_a_pruned_archive_knows_every_draw_that_was_ever_accepted(
+    store: RunStore, tmp_path: Path
+) -> None:
+    learner = await Learner(store, tmp_path).start()
+    await learner.open_registry()
+    await learner.accept(3)
+    await store.append_control(learner.token, "config", b"{}")
+    await learner.accept(2)
+    for sequence in range(6):  # one by one, so that there are several segments
+        learner.archive.append(await store.read(sequence, 1))
+    assert learner.archive.prune(5) > 0
+    assert learner.archive.pruned.controls == 1
+    await store._redis.flushall()
+    again = await Learner(store, tmp_path).start()
+    assert (await store.state()).uncounted == 1
+    await again.open_registry()
+    assert await again.accept(2) == [5, 6]
+    await again.reader.count_controls()
+    assert (await store.state()).uncounted == 1
+
+
 async def test_I7_an_older_reader_is_refused(store: RunStore, tmp_path: Path) -> None:
     older = await Learner(store, tmp_path).start()
     await older.open_registry()
@@ -188,3 +209,26 @@ async def test_the_log_gives_a_whole_step_or_waits_or_ends(store: RunStore, tmp_
     log.stop()
     assert await waiting is None
     assert log.waited_seconds > 0
+
+
+async def test_a_redis_that_is_set_back_between_reading_and_trimming_is_rebuilt(
+    store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = await Learner(store, tmp_path).start()
+    await learner.open_registry()
+    draws = await learner.accept(7)
+    append, loop = learner.archive.append, asyncio.get_running_loop()
+
+    def append_and_set_back(entries: list[Entry]) -> int:
+        last = append(entries)
+        monkeypatch.undo()
+        third = learner.archive.read(2, 1)[0]
+        older = store.rebuild(learner.token, Head(third.generation, third.sequence, third.chain), draws[:3])
+        asyncio.run_coroutine_threadsafe(older, loop).result(timeout=10)
+        return last
+
+    monkeypatch.setattr(learner.archive, "append", append_and_set_back)
+    await learner.reader.read(500)
+    assert learner.draws() == draws
+    assert await store.needs_rebuild(learner.archive.head) is None
+    assert (await store.state()).reoffered == frozenset()

@@ -2,9 +2,12 @@
 
 import asyncio
 import gc
+import re
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -17,6 +20,7 @@ from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from sapo_learner import errors
 from sapo_learner.trajectory import SamplingParameters, Trajectory, TrajectoryGroup, VersionSpan
 from services.rollout.sender import GroupSender
+from services.runtime.grpc_errors import abort
 
 Response = pb.StreamTrajectoryGroupsResponse
 ACCEPTED, FULL, NOT_READY = pb.Ack.STATUS_ACCEPTED, pb.Ack.STATUS_FULL, pb.Ack.STATUS_NOT_READY
@@ -267,3 +271,90 @@ async def test_a_quiet_stream_without_debts_is_left_open(ingest: Ingest) -> None
             await asyncio.wait([task], timeout=0.1)  # several times that long
             assert await statuses(sending(sender, 2)) == [ACCEPTED]
     await ingest.expect("hello w", "group 1", "group 2")
+
+
+# ---- an ingest that cannot be reached, and groups that cannot be sent
+
+
+@asynccontextmanager
+async def nobody() -> AsyncIterator[str]:
+    """The port is closed."""
+    async with listening(Ingest()) as address:
+        pass
+    yield address
+
+
+@asynccontextmanager
+async def silence() -> AsyncIterator[str]:
+    """Connections are accepted, and nothing is ever said."""
+    with socket.create_server(("127.0.0.1", 0)) as peer:
+        yield f"127.0.0.1:{peer.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("peer", [nobody, silence])
+async def test_an_ingest_that_cannot_be_reached_is_given_up_after_a_while(
+    peer: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with peer() as address, asyncio.timeout(10):
+        with pytest.raises(errors.Unavailable) as caught:
+            await GroupSender(address, "secret", HELLO, patience=0.6, answer_seconds=0.1).run()
+    assert caught.value.where == address
+    assert caught.value.what.startswith("ingest cannot be reached, tried for 0.6 s: ")
+    assert caught.value.fix == "is it running, and is SAPO_INGEST_ADDRESS its address?"
+    said = [record.getMessage() for record in caplog.records if "trying again" in record.getMessage()]
+    assert len(said) == len(set(said)) >= 1, "once per distinct problem"
+
+
+async def test_patience_counts_from_when_ingest_was_last_there(ingest: Ingest) -> None:
+    """Not from its last message: a stream may be quiet for as long as sampling takes."""
+    async with listening(ingest) as address:
+        sender = GroupSender(address, "secret", HELLO, patience=0.5)
+        async with running(sender) as task:
+            assert await statuses(sending(sender, 1)) == [ACCEPTED]
+            await asyncio.wait([task], timeout=0.6)  # longer than its patience
+            ingest.replies.put_nowait(None)
+            assert await statuses(sending(sender, 2)) == [ACCEPTED]
+    await ingest.expect("hello w", "group 1", "hello w", "group 2")
+
+
+async def test_an_ingest_that_says_what_it_waits_for_is_waited_for(ingest: Ingest) -> None:
+    class Waiting(Ingest):
+        async def StreamTrajectoryGroups(self, request_iterator: Any, context: Any) -> AsyncIterator[Response]:
+            self.seen.put_nowait("asked")
+            await abort(context, errors.Unavailable("no policy is published yet", where="ingest"))
+            yield Response()
+
+    waiting = Waiting()
+    async with listening(waiting) as address, running(GroupSender(address, "secret", HELLO, patience=0.05)) as task:
+        await waiting.expect("asked", "asked", "asked", "asked")
+        assert not task.done()
+
+
+@pytest.mark.parametrize(
+    "kind", [errors.Unauthenticated, errors.Mismatch, errors.ConfigError, errors.InvalidTrajectory]
+)
+async def test_what_ingest_says_ends_the_worker_word_for_word(kind: type[errors.SapoError]) -> None:
+    class Refusing(Ingest):
+        async def StreamTrajectoryGroups(self, request_iterator: Any, context: Any) -> AsyncIterator[Response]:
+            await abort(context, kind("wrong", where="here", fix="mend it"))
+            yield Response()
+
+    async with listening(Refusing()) as address, asyncio.timeout(10):
+        with pytest.raises(errors.SapoError) as caught:
+            await GroupSender(address, "secret", HELLO).run()
+    assert (type(caught.value), str(caught.value)) == (kind, "here: wrong (mend it)")
+
+
+async def test_a_group_beyond_the_limit_is_refused_before_it_is_sent(ingest: Ingest) -> None:
+    async with listening(ingest) as address:
+        sender = GroupSender(address, "secret", HELLO, max_message_bytes=200)
+        async with running(sender):
+            assert await statuses(sending(sender, 1)) == [ACCEPTED]
+            with pytest.raises(errors.InvalidTrajectory) as caught:
+                await sender.send(replace(group(2), engine="x" * 200))
+            assert re.fullmatch(
+                r"draw 2: \d+ bytes exceed the 200 of one message \(lower sampling.max_tokens or sampling.group_size\)",
+                str(caught.value),
+            )
+            assert (sender.unacknowledged, await statuses(sending(sender, 3))) == (0, [ACCEPTED])
+    await ingest.expect("hello w", "group 1", "group 3")

@@ -172,3 +172,42 @@ async def test_nothing_is_remembered_of_responses_that_ended() -> None:
     with pytest.raises(ValueError, match="in flight"):
         await asyncio.gather(*(anext(engine.generate(each)) for each in requests(9) * 2))
     await engine.close()
+
+
+# ---- memory: sizes that no address space holds, so that the real allocator refuses
+
+
+def test_more_slots_than_memory_holds_are_refused_with_what_to_lower() -> None:
+    async def make() -> None:
+        TorchEngine(policy(), PolicyVersion(0, 0), slots=1 << 55)
+
+    with pytest.raises(Unavailable, match=r"out of memory .*lower engine\.slots \(now 36028797018963968\)"):
+        asyncio.run(make())
+
+
+async def test_an_engine_that_runs_out_of_memory_ends_and_everybody_hears_what_to_lower() -> None:
+    unbounded = policy()
+    unbounded.model.config.max_position_embeddings = 1 << 60
+    engine = TorchEngine(unbounded, PolicyVersion(0, 0), slots=8)
+    with pytest.raises(Unavailable, match=r"engine stopped: out of memory while sampling.*lower engine\.slots \(now 8"):
+        async for _ in engine.generate(SampleRequest("r", [4], 1, max_tokens=1 << 50)):
+            pass
+    health = await engine.health()
+    assert not health.alive
+    assert "lower engine.slots" in health.detail
+    await engine.close()
+
+
+async def test_weights_that_memory_cannot_take_in_end_the_engine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TorchEngine(policy(), PolicyVersion(0, 0), slots=8)
+
+    def too_much(*_: object) -> None:
+        torch.zeros(1 << 55)
+
+    monkeypatch.setattr(engine._decoder, "update_weights", too_much)
+    with pytest.raises(Unavailable, match=r"out of memory.*lower engine\.slots"):
+        await engine.update_weights({}, PolicyVersion(1, 1))
+    async with asyncio.timeout(10):
+        while (await engine.health()).alive:
+            await asyncio.sleep(0.005)
+    await engine.close()

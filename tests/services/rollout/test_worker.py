@@ -1,6 +1,7 @@
 """Leases become groups whose every field is true; lost leases, draining, pins and moved-on versions are handled."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -100,6 +101,15 @@ class Task(TASK):
         return {"correct": float(len(response.text) % 2), "length": len(response.text) / 100}
 
 
+class Scored:
+    """A task that scores as the test says."""
+
+    name = "arithmetic"
+
+    def __init__(self, score: Callable[[Problem, Response], dict[str, float]]) -> None:
+        self.score = score
+
+
 class Scene:
     def __init__(self, *, max_tokens: int = 8, broken: bool = False) -> None:
         torch.set_num_threads(1)
@@ -118,7 +128,7 @@ class Scene:
         self.now = 100.0
         self.control, self.sender, self.metrics = ControlPlane(), Sender(), RolloutMetrics()
         fakes: Any = (self.control, self.sender)
-        responder = Responder(
+        responder = self.responder = Responder(
             self.engine, self.policy.tokenizer, Task(broken=broken), self.config.sampling, self.metrics
         )
         self.follower = Follower(self.engine, Store(), self.metrics)  # type: ignore[arg-type]
@@ -254,7 +264,7 @@ async def test_a_lease_is_renewed_by_the_tokens_sampled_for_it_each_counted_once
         assert slow.control.beats[-1].leases[0].tokens == 0
 
 
-async def test_leases_are_renewed_each_for_itself_and_no_longer_than_they_are_sampled(slow: Scene) -> None:
+async def test_leases_are_renewed_each_for_itself_and_while_their_group_cannot_be_sent(slow: Scene) -> None:
     slow.sender.open.clear()
     async with slow.working():
         slow.control.give(1)
@@ -266,9 +276,28 @@ async def test_leases_are_renewed_each_for_itself_and_no_longer_than_they_are_sa
         for _ in range(2):
             await slow.sender.groups.get()
         await slow.worker.beat()
-        assert slow.control.beats[-1].leases == []  # what waits for its ack is ingest's to keep alive
+        assert [(each.draw, each.tokens) for each in slow.control.beats[-1].leases] == [(1, 1), (2, 1)]
         assert slow.control.beats[-1].waiting_for == ""
         slow.sender.open.set()
+
+
+async def test_a_lease_is_renewed_while_its_group_is_scored_however_slowly(scene: Scene) -> None:
+    scoring, go_on = threading.Event(), threading.Event()
+
+    def score(problem: Problem, response: Response) -> dict[str, float]:
+        scoring.set()
+        assert go_on.wait(20)
+        return {"correct": 1.0}
+
+    scene.responder.task = Scored(score)  # type: ignore[assignment]
+    async with scene.working():
+        scene.control.give(1)
+        await scene.until(scoring.is_set)
+        for _ in range(2):
+            await scene.worker.beat()
+            assert [each.tokens for each in scene.control.beats[-1].leases] == [1]
+        go_on.set()
+        assert (await scene.sender.groups.get()).draw == 1
 
 
 async def test_a_lost_lease_stops_its_sampling_and_nothing_else(slow: Scene) -> None:
@@ -397,6 +426,37 @@ async def test_a_chunk_of_a_version_that_has_moved_on_is_left_to_others(scene: S
 
 
 # ---- what ends the worker, and what it tells
+
+
+async def test_answers_that_never_match_are_told_once_with_an_example(scene: Scene) -> None:
+    scene.worker._config = scene.config.model_copy(
+        update={"training": scene.config.training.model_copy(update={"groups_per_step": 2})}
+    )
+    scene.responder.task = Scored(lambda problem, response: {"correct": 0.0})  # type: ignore[assignment]
+    async with scene.working():
+        for draw in range(4):
+            scene.control.give(draw)
+            await scene.sender.groups.get()
+            await scene.worker.beat()
+            assert len(scene.control.beats[-1].notes) == (1 if draw >= 1 else 0)
+    (note,) = scene.control.beats[-1].notes
+    assert "no response to the first 2 prompts is correct" in note
+    assert "'1+2+3=' was answered '" in note
+    assert "expected '6'" in note
+
+
+async def test_one_correct_answer_is_enough_to_say_nothing(scene: Scene) -> None:
+    scores = iter([1.0] + [0.0] * 1000)
+    scene.responder.task = Scored(lambda problem, response: {"correct": next(scores)})  # type: ignore[assignment]
+    scene.worker._config = scene.config.model_copy(
+        update={"training": scene.config.training.model_copy(update={"groups_per_step": 2})}
+    )
+    async with scene.working():
+        for draw in range(5):
+            scene.control.give(draw)
+            await scene.sender.groups.get()
+        await scene.worker.beat()
+    assert scene.control.beats[-1].notes == []
 
 
 @pytest.mark.timeout(20)

@@ -86,9 +86,27 @@ def test_mistakes_in_the_settings_say_what_to_do(tmp_path: Path) -> None:
         build(TaskSettings(name="jsonl", paht=str(path)))
     with pytest.raises(ConfigError, match="not readable"):
         task(tmp_path / "none.jsonl").problems("train")
-    with pytest.raises(ConfigError, match="no problem is left for the held-out split of 1"):
-        task(write(tmp_path / "one.jsonl", {"prompt": "a", "answer": "b"}), held_out_fraction=1e-9).problems("train")
-    with pytest.raises(ConfigError, match="no problem is left for the train split of 0"):
+    with pytest.raises(ConfigError, match="all 1 problems are held out, none is left to train on"):
+        task(write(tmp_path / "one.jsonl", {"prompt": "a", "answer": "b"}), held_out_fraction=1 - 1e-9).problems(
+            "train"
+        )
+    with pytest.raises(ConfigError, match="no problem in the file"):
         task(write(tmp_path / "empty.jsonl")).problems("train")
+    with pytest.raises(ConfigError, match=r"task\.held_out_path .*empty\.jsonl: no problem in the file"):
+        task(path, held_out_path=str(tmp_path / "empty.jsonl")).problems("train")
     with pytest.raises(ConfigError, match="is not a number"):
         task(write(tmp_path / "w.jsonl", {"prompt": "a", "answer": "b"}), match="number").problems("train")
+
+
+def test_a_file_too_small_to_hold_anything_out_is_no_mistake(tmp_path: Path) -> None:
+    built = task(write(tmp_path / "one.jsonl", {"prompt": "a", "answer": "b"}), held_out_fraction=1e-9)
+    assert [len(built.problems("train")), len(built.problems("held_out"))] == [1, 0]
+
+
+def test_only_a_newline_ends_a_line_and_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + '{"prompt": "a\u2028b\x85c", "answer": "1"}\r\n{"prompt": "d", "answer": "2"}'.encode()
+    )
+    problems = task(path, held_out_fraction=1e-9).problems("train")
+    assert [(each.id, each.prompt) for each in problems] == [("p.jsonl:1", "a\u2028b\x85c"), ("p.jsonl:2", "d")]
