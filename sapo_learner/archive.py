@@ -1,136 +1,139 @@
 """The archive: the durable prefix of the run's log, on disk. Only the learner appends; anyone may read.
 
-Layout. One segment per writer, `segment-<fencing token>.zst`. A segment is a row of zstandard frames, each with its
-own checksum; one append is one frame, so a crash tears at most the last one. The first frame holds the header
-[FORMAT, token]; every other holds msgpack records [generation, sequence, kind, draw, chain, payload].
-`zstdcat segment-00000001.zst` gives the plain records.
+Layout. Each writer has segments of its own, `segment-<fencing token>-<number>.zst`, and begins the next one when one is
+full. A segment is a row of zstandard frames, each with its own checksum; one append is one frame, so a crash tears at
+most the last one of a writer. A segment's first frame holds the header [FORMAT, token, number]; every other holds
+msgpack records [generation, sequence, kind, draw, chain, payload]. `zstdcat segment-*.zst` gives the plain records.
 
-Why a segment per token: a writer that was replaced while it slept (I7) can then only ever touch a file of its own.
-Segments are read in the order of their tokens and the newest wins: where two hold the same entry nothing happens, and
-where they differ the older segment's branch ends. An older writer cannot have removed its branch from Redis, since
-that trim is fenced, so nothing that is ended here is lost. For this the token must be taken before opening.
+Why segments of one's own: a writer that was replaced while it slept (I7) can then only ever touch files of its own, and
+the newest wins (`held.py`). An older writer cannot have removed its branch from Redis, since that trim is fenced, so
+nothing that is ended here is lost. For this the token must be taken before opening, and a writer's first segment is
+there before it reads the others.
 
-Why the chain: each entry carries the hash of everything before it, so "the same position of the same log" is one
-string comparison for archive, Redis and checkpoint. It finds mistakes, not attackers.
+Whole segments may be deleted from the front (`prune`); `pruned.json` then says where reading begins (`pruned.py`).
 """
 
-import hashlib
-import os
+import contextlib
 import threading
+from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
 
+from sapo_learner import pruned as records
+from sapo_learner.entry import GENESIS, Entry, Head, check_follows, link
 from sapo_learner.errors import Corrupt, Fenced
-from sapo_learner.segment import Damaged, FrameIndex, decode, encode, frames, fsync, is_whole, next_frame, read_frame
+from sapo_learner.held import FORMAT, Held, Segment, gone
+from sapo_learner.pruned import Pruned
+from sapo_learner.segment import Name, Writer, names
 
-GENESIS = "0" * 40
-"""Chain before the first entry."""
+__all__ = ["FORMAT", "GENESIS", "Archive", "Entry", "Head", "Segment", "link", "newest_token"]
 
-FORMAT = "sapo-archive-1"  # heads every segment, beside its token
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One entry of the log. `sequence` counts from 1 without gaps, `generation` rises when Redis was lost.
-
-    draw: the draw that the payload answers, -1 when kind is not "group". chain: `link` of the previous entry's chain.
-    """
-
-    generation: int
-    sequence: int
-    kind: str
-    draw: int
-    chain: str
-    payload: bytes
-
-    @property
-    def id(self) -> str:
-        return f"{self.generation}-{self.sequence}"
+SEGMENT_BYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Position of the last entry held; sequence 0 and GENESIS when there is none."""
-
-    generation: int = 0
-    sequence: int = 0
-    chain: str = GENESIS
-
-
-def link(previous_chain: str, entry_id: str, kind: str, payload_sha256_hex: str) -> str:
-    """Chain of an entry: SHA-1 hex, because Redis scripts can compute that too (`redis.sha1hex`), and must agree."""
-    text = "\n".join((previous_chain, entry_id, kind, payload_sha256_hex))
-    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+def newest_token(directory: Path) -> int:
+    """Newest fencing token that an archive segment carries; 0 without one. Survives the loss of Redis."""
+    return max((name.token for name in names(directory)), default=0)
 
 
 class Archive:
-    """All segments of `directory` as one log. With a `token` it may append, with None it only reads.
+    """All segments of `directory` as one log. With a `token` it may append, with None it only reads (and may prune).
 
-    Opening reads and checks everything once. In memory stay 32 bytes per append and the last decoded frame. One thread
-    may append while others read and wait. Tokens are unique: two writers with the same one are not guarded against.
+    Opening reads and checks everything once. In memory stay 40 bytes per append and the last decoded frame. One thread
+    may append and one prune while others read and wait. Tokens are unique: two writers with the same one are not
+    guarded against.
 
     Raises Corrupt for damage that a crash cannot explain, Fenced when a newer token has opened the archive.
     """
 
-    def __init__(self, directory: Path, token: int | None) -> None:
-        self.directory, self.token = Path(directory), token
+    def __init__(self, directory: Path, token: int | None, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """segment_bytes: a segment that has reached this size is followed by the next one."""
+        self.directory, self.token, self._limit = Path(directory), token, segment_bytes
         self._writing = threading.Lock()  # held over disk writes, so that readers never wait for an fsync
-        self._changed = threading.Condition()  # guards everything below
-        self._index = FrameIndex()
-        self._head = Head()
-        self._ends: dict[int, int] = {}  # token -> byte up to which the segment was read
-        self._frame: tuple[tuple[int, int], list[Entry]] | None = None
-        self._closed = False
-        self._file = -1  # descriptor of our segment
-        if token is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._refuse_if_fenced()
+        self._pruning = threading.Lock()
+        self._changed = threading.Condition()  # guards everything below; taken last
+        self._held = Held(self.directory)
+        self.closed = False
+        self._writer: Writer | None = None
+        if token is None:
+            self.refresh()
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._refuse_if_fenced()
+        name = max((name for name in names(self.directory) if name.token == token), default=Name(token, 1))
+        name.path(self.directory).touch()  # from here on older writers are refused
         self.refresh()
-        if token is not None:
-            self._open_segment(token)
+        self._writer = Writer(self.directory, name, self._held.ends.get(name, 0), FORMAT)
+        self._delete_before(self.pruned.first)  # what a prune that was killed left
 
     # ---- reading
 
     @property
     def head(self) -> Head:
         with self._changed:
-            return self._head
+            return self._held.head
+
+    @property
+    def pruned(self) -> Pruned:
+        """What was deleted from the front."""
+        with self._changed:
+            return self._held.pruned
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all segments on disk."""
-        return sum(self._path(token).stat().st_size for token in self._tokens())
+        return sum(segment.bytes for segment in self.segments())
+
+    @property
+    def controls(self) -> int:
+        """How many entries are no groups, pruned ones included."""
+        with self._changed:
+            return self._held.pruned.controls + len(self._held.controls)
+
+    def draws(self) -> Iterator[int]:
+        """The draw of every group, pruned ones included; takes 8 bytes each in memory."""
+        with self._pruning:
+            found = array("q", self.pruned.draws())
+            found.extend(entry.draw for entry in self.entries(self.pruned.head.sequence) if entry.draw >= 0)
+        return iter(found)
+
+    def segments(self) -> list[Segment]:
+        """Those on disk, in order."""
+        with self._changed:
+            return self._held.segments()
+
+    def chain_at(self, sequence: int) -> str | None:
+        """The log's chain there, GENESIS at 0; None where it is not held, or pruned."""
+        with self._changed:
+            return self._held.chain_at(sequence)
 
     def read(self, after: int, limit: int) -> list[Entry]:
-        """At most `limit` entries with sequence > `after`, in order."""
+        """At most `limit` entries with sequence > `after`, in order. Raises NotFound when they were pruned."""
         return list(islice(self.entries(after), limit))
 
     def entries(self, after: int = 0) -> Iterator[Entry]:
-        """Every entry with sequence > `after`, in order, one frame in memory at a time."""
+        """Every entry with sequence > `after`, in order, one frame in memory at a time. Raises NotFound as `read`."""
         while True:
             with self._changed:
-                if after >= self._head.sequence:
+                if after < self._held.pruned.head.sequence:
+                    raise gone(self._held.pruned.head, self.directory)
+                if after >= self._held.head.sequence:
                     return
-                frame = self._from(after + 1)
+                frame = self._held.frame_from(after + 1)
             yield from frame
             after = frame[-1].sequence
 
     def wait(self, after: int, timeout: float) -> bool:
         """Block for at most `timeout` seconds until this object holds an entry beyond `after`; whether it does."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._head.sequence > after, timeout)
-            return self._head.sequence > after
+            self._changed.wait_for(lambda: self.closed or self._held.head.sequence > after, timeout)
+            return self._held.head.sequence > after
 
     def refresh(self) -> None:
-        """Take in what other processes appended (for readers). The head steps back where a newer branch won."""
+        """Take in what other processes did (for readers). The head steps back where a newer branch won."""
         with self._changed:
-            live = max((token for token, end in self._ends.items() if end), default=0)
-            for token in self._tokens():
-                if token >= live:  # what a replaced writer adds behind a newer one's back does not count
-                    self._scan(token)
+            self._held.refresh(warn=self.token is not None)  # a reader may meet an append that is just being written
             self._changed.notify_all()
 
     # ---- writing
@@ -142,24 +145,48 @@ class Archive:
         held), Fenced (a newer token opened the archive), OSError (disk full: nothing of these entries stays behind).
         """
         with self._writing:
-            if self._file < 0 or self.token is None:
+            if self._writer is None:
                 raise RuntimeError("this archive is closed or open for reading only")
             self._refuse_if_fenced()
             fresh = self._unheld(entries)
             if fresh:
-                start, size = self._write_frame(self.token, [_record(entry) for entry in fresh])
+                if self._writer.size >= self._limit:
+                    self._writer.begin_next()
+                start, size = self._writer.append([entry.record for entry in fresh])
                 with self._changed:
-                    self._index.push(fresh[0].sequence, self.token, start, size)
-                    self._head = _position(fresh[-1])
+                    self._held.add(fresh, self._writer.name, start, size)
                     self._changed.notify_all()
-            return self._head.sequence
+            return self.head.sequence
+
+    def prune(self, through: int) -> int:
+        """Delete the oldest segments, those that answer for nothing beyond sequence `through`; returns bytes freed.
+
+        Never the newest one, so this may stop far before `through`. Safe beside an append and beside readers, which at
+        worst get NotFound. Without a token of our own the caller sees to it that nobody writes. Raises Fenced, Corrupt
+        (a draw twice), OSError (then nothing is lost, and the next prune goes on).
+        """
+        with self._pruning:
+            self._refuse_if_fenced()
+            before, present = self.pruned, names(self.directory)
+            ours = [name for name in present if self.token is None or name.token <= self.token]
+            if not ours:
+                return 0
+            with self._changed:
+                first, head = self._held.prunable(through, newest=ours[-1])
+            if first > max(before.first, ours[0]):
+                doomed = takewhile(lambda each: each.sequence <= head.sequence, self.entries(before.head.sequence))
+                after = before.extended(doomed, head, first)
+                records.write(self.directory, after)
+                with self._changed:
+                    self._held.forget(after)
+            return self._delete_before(self.pruned.first)
 
     def close(self) -> None:
         with self._writing, self._changed:
-            self._closed = True
-            if self._file >= 0:
-                os.close(self._file)
-                self._file = -1
+            self.closed = True
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
             self._changed.notify_all()
 
     def __enter__(self) -> "Archive":
@@ -170,15 +197,8 @@ class Archive:
 
     # ---- inside
 
-    def _path(self, token: int) -> Path:
-        return self.directory / f"segment-{token:08d}.zst"
-
-    def _tokens(self) -> list[int]:
-        stems = (path.stem.removeprefix("segment-") for path in self.directory.glob("segment-*.zst"))
-        return sorted(int(stem) for stem in stems if stem.isdigit())
-
     def _refuse_if_fenced(self) -> None:
-        newest = max(self._tokens(), default=0)
+        newest = newest_token(self.directory)
         if self.token is not None and newest > self.token:
             raise Fenced(
                 f"a learner with token {newest} writes this archive, ours is {self.token}",
@@ -186,113 +206,34 @@ class Archive:
                 fix="stop this process; the newer one goes on",
             )
 
-    def _open_segment(self, token: int) -> None:
-        """Create our segment, or cut its torn tail. From here on older writers see it, and a lost Redis its token."""
-        self._file = os.open(self._path(token), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            os.ftruncate(self._file, self._ends.setdefault(token, 0))
-            if self._ends[token] == 0:
-                self._write_frame(token, [[FORMAT, token]])
-            os.fsync(self._file)
-            fsync(self.directory)
-        except OSError:
-            self.close()
-            raise
-
     def _unheld(self, entries: Iterable[Entry]) -> list[Entry]:
         """Those beyond the head, after checking that all of them continue or repeat the log."""
         fresh: list[Entry] = []
-        last = self._head
+        head = last = self.head
         for entry in entries:
-            if 1 <= entry.sequence <= self._head.sequence:
+            if 1 <= entry.sequence <= head.sequence:
                 with self._changed:
-                    held = self._from(entry.sequence)[0]
-                if held.chain != entry.chain:
+                    agrees = self._held.agrees(entry)
+                if not agrees:
                     raise Corrupt(
-                        f"entry {entry.id} differs from the archived {held.id}",
+                        f"entry {entry.id} differs from the archived one",
                         where=str(self.directory),
                         fix="the log in Redis belongs to another run or was rewritten: rebuild it from the archive",
                     )
                 continue
-            _check(entry, last, where=str(self.directory))
+            check_follows(entry, last, where=str(self.directory))
             fresh.append(entry)
-            last = _position(entry)
+            last = entry.position
         return fresh
 
-    def _write_frame(self, token: int, records: list[list[Any]]) -> tuple[int, int]:
-        """Write, fsync and account for one frame of our segment; its (offset, size) in bytes."""
-        blob, start, written = encode(records), self._ends[token], 0
-        try:
-            while written < len(blob):
-                written += os.pwrite(self._file, memoryview(blob)[written:], start + written)
-            os.fsync(self._file)
-        except BaseException:
-            os.ftruncate(self._file, start)  # also when interrupted: what is half written must not be built upon
-            raise
-        self._ends[token] = start + len(blob)
-        return start, len(blob)
-
-    def _scan(self, token: int) -> None:
-        """Take in what a segment holds beyond what was read of it before; a torn tail is left alone."""
-        path = self._path(token)
-        try:
-            for start, end, content in frames(path, self._ends.get(token, 0)):
-                if start:
-                    self._take(_entries(content, path), token, start, end - start)
-                elif decode(content, width=2, where=str(path)) != [[FORMAT, token]]:
-                    raise Corrupt(f"not a {FORMAT} segment of token {token}", where=str(path), fix="move it away")
-                self._ends[token] = end
-        except Damaged as damage:
-            # A crash tears only what comes last. A whole frame behind the damage proves that it is not a torn tail.
-            following = next_frame(path, damage.offset)
-            if following is not None and not is_whole(path, damage.offset):  # or its writer has just completed it
-                raise Corrupt(
-                    f"damaged at byte {damage.offset} ({damage}), with whole entries from byte {following} on",
-                    where=str(path),
-                    fix="restore the file from a copy; without one, move it and all newer segments away: the log then "
-                    f"ends at entry {self._head.sequence}, and only checkpoints up to there can be resumed",
-                ) from None
-
-    def _take(self, entries: list[Entry], token: int, start: int, size: int) -> None:
-        """Add a frame read from disk: skip what is held, end an older branch where this newer segment differs."""
-        for entry in entries:
-            if 1 <= entry.sequence <= self._head.sequence:
-                if entry.chain == self._from(entry.sequence)[0].chain:
-                    continue
-                self._index.cut(entry.sequence)
-                before = entry.sequence - 1
-                self._head = _position(self._from(before)[0]) if before else Head()
-            _check(entry, self._head, where=f"{self._path(token)}, byte {start}")
-            self._index.push(entry.sequence, token, start, size)
-            self._head = _position(entry)
-
-    def _from(self, sequence: int) -> list[Entry]:
-        """Entries of one frame from `sequence`, which is held, up to where a later frame takes over."""
-        token, start, size, until = self._index.find(sequence)
-        if self._frame is None or self._frame[0] != (token, start):
-            path = self._path(token)
-            self._frame = (token, start), _entries(read_frame(path, start, size), path)
-        entries = self._frame[1]
-        first = entries[0].sequence
-        return entries[sequence - first : (until or self._head.sequence + 1) - first]
-
-
-def _check(entry: Entry, last: Head, *, where: str) -> None:
-    if entry.sequence != last.sequence + 1:
-        fix = f"read again from {last.sequence}; if {last.sequence + 1} is gone, restore the archive from a copy"
-        raise Corrupt(f"entry {entry.id} does not follow {last.generation}-{last.sequence}", where=where, fix=fix)
-    if entry.chain != link(last.chain, entry.id, entry.kind, hashlib.sha256(entry.payload).hexdigest()):
-        fix = "its payload was altered, or it belongs to another log"
-        raise Corrupt(f"entry {entry.id} does not chain to {last.generation}-{last.sequence}", where=where, fix=fix)
-
-
-def _position(entry: Entry) -> Head:
-    return Head(entry.generation, entry.sequence, entry.chain)
-
-
-def _entries(content: bytes, path: Path) -> list[Entry]:
-    return [Entry(*record) for record in decode(content, width=6, where=str(path))]
-
-
-def _record(entry: Entry) -> list[Any]:
-    return [entry.generation, entry.sequence, entry.kind, entry.draw, entry.chain, entry.payload]
+    def _delete_before(self, first: Name) -> int:
+        """Returns the bytes freed."""
+        freed = 0
+        for name in names(self.directory):
+            path = name.path(self.directory)
+            if name < first:
+                with contextlib.suppress(FileNotFoundError):  # of two learners that follow one another, both tidy up
+                    size = path.stat().st_size
+                    path.unlink()
+                    freed += size
+        return freed

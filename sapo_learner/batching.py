@@ -32,6 +32,7 @@ class Microbatch:
     loss_mask: Tensor  # [T] bool
     sequence_ids: Tensor  # [T] int64, unique over the step
     policy_age: Tensor  # [T] int64, optimizer steps
+    groups: tuple[int, ...]  # indices of the groups whose responses are in it
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class _Row:
     response: Trajectory
     advantage: float
     sequence_id: int
+    group: int
 
     @property
     def length(self) -> int:
@@ -71,7 +73,7 @@ def collate(
     rows: list[_Row] = []
     signal: list[bool] = []
     counts = StepCounts(sequences=0, tokens=0)
-    for group, group_advantages in zip(groups, advantages, strict=True):
+    for number, (group, group_advantages) in enumerate(zip(groups, advantages, strict=True)):
         sampled = np.array([trajectory.loss_mask.sum() for trajectory in group.trajectories])  # [G] tokens
         signal.append(has_signal(group_advantages[sampled > 0]))
         if signal[-1] or normalise_by == "step":
@@ -79,7 +81,7 @@ def collate(
         if signal[-1]:
             for index in np.flatnonzero(sampled):
                 response, advantage = group.trajectories[index], float(group_advantages[index])
-                rows.append(_Row(group.prompt_ids, response, advantage, sequence_id=len(rows)))
+                rows.append(_Row(group.prompt_ids, response, advantage, sequence_id=len(rows), group=number))
     microbatches = tuple(_microbatch(part, step) for part in _buckets(rows, microbatch_tokens))
     return TrainingBatch(microbatches, counts, tuple(signal))
 
@@ -116,4 +118,5 @@ def _microbatch(rows: list[_Row], step: int) -> Microbatch:
         loss_mask=torch.from_numpy(np.concatenate([row.response.loss_mask for row in rows])),
         sequence_ids=torch.from_numpy(np.repeat([row.sequence_id for row in rows], lengths)),
         policy_age=torch.from_numpy(step - np.concatenate([row.response.token_steps() for row in rows])),
+        groups=tuple(sorted({row.group for row in rows})),
     )

@@ -10,8 +10,10 @@ back on purpose: after a restore of step 10 its step 12 continues the run, and s
 branch that was left (I7). The same rule decides what `prune` keeps.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -23,10 +25,13 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sapo_learner.disk import naming
 from sapo_learner.errors import Corrupt, Fenced, NotFound
 from sapo_learner.manifest import Blob
 from sapo_learner.segment import fsync
 from sapo_learner.snapshot import save_tensors
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _FACTS = "checkpoint.json"
@@ -83,9 +88,12 @@ def save(directory: Path, state: CheckpointState, *, token: int) -> Path:
     if final.exists():
         try:
             _verified(final)
-            return final
-        except Corrupt:
+        except Corrupt as error:
+            log.warning("%s: %s; this checkpoint is saved anew", error.where, error.what)
             shutil.rmtree(final)
+        else:
+            fsync(directory)  # which may be what failed when it was saved
+            return final
     _clear_leftovers(directory, token)
     temporary = directory / f"{_TEMPORARY}{final.name}"
     temporary.mkdir()
@@ -130,7 +138,8 @@ def load_newest(
     """The newest checkpoint (of `step`, if given) that is whole, and why newer ones were passed over.
 
     belongs: (cursor, chain) -> whether the log has that chain there; a checkpoint of a branch that the log left, after
-    Redis was lost, must not be resumed. Raises NotFound when there is no checkpoint, Corrupt when none can be used.
+    Redis was lost or the archive cut short, must not be resumed. Raises NotFound when there is no checkpoint, Corrupt
+    when none can be used.
     """
     candidates = [found for found in _named(directory) if step is None or found.step == step]
     if not candidates:
@@ -146,24 +155,48 @@ def load_newest(
             continue
         if belongs is None or belongs(state.cursor, state.chain):
             return Loaded(state, found, "; ".join(passed))
-        passed.append(f"{found.path}: the log has another chain at entry {state.cursor}")
+        passed.append(f"{found.path}: the log does not have its entry {state.cursor}")
     raise Corrupt("no usable checkpoint: " + "; ".join(passed), where=str(directory), fix="restore one from a copy")
 
 
-def prune(directory: Path, keep: int, *, saved: Path | None = None) -> list[Path]:
+def prune(directory: Path, keep: int, *, saved: Path | None = None, base: bool = True) -> list[Path]:
     """Delete all but the `keep` newest whole checkpoints, never `saved`; returns what was deleted.
 
-    Damaged ones newer than the oldest kept stay, for a person to look at, and do not count.
+    Damaged ones newer than the oldest kept stay, for a person to look at, and do not count. base: the oldest one of
+    step 0 stays for ever, beyond `keep`, so that the whole archive can be replayed from it.
     """
     whole = list_whole(directory)
+    for_ever = _base(whole) if base else None
+    whole = [each for each in whole if each != for_ever]
     if len(whole) <= keep:
         return []
-    oldest = whole[max(keep, 1) - 1]
-    doomed = [each.path for each in _named(directory) if _age(each) < _age(oldest) and each.path != saved]
+    oldest, spared = whole[max(keep, 1) - 1], {saved, for_ever.path if for_ever else None}
+    doomed = [each.path for each in _named(directory) if _age(each) < _age(oldest) and each.path not in spared]
     for path in doomed:
         hidden = path.rename(path.with_name(f"{_TEMPORARY}{path.name}"))  # half deleted must not look whole
         shutil.rmtree(hidden)
     return doomed
+
+
+def cursor_of(path: Path) -> int:
+    """The last log entry that this checkpoint has consumed; its tensors are not read. Raises Corrupt."""
+    return int(_facts(path)["cursor"])
+
+
+def oldest_cursor(directory: Path) -> int:
+    """Up to where no whole checkpoint needs the archive, the base aside (see `prune`); 0 without another one."""
+    whole, cursors = list_whole(directory), []
+    for found in whole:
+        if found != _base(whole):
+            with contextlib.suppress(Corrupt):  # nobody can go on from that one
+                cursors.append(cursor_of(found.path))
+    return min(cursors, default=0)
+
+
+def _base(whole: list[Found]) -> Found | None:
+    """The oldest of step 0, unless it is all there is to go on from."""
+    found = [each for each in whole[1:] if each.step == 0]
+    return found[-1] if found else None
 
 
 def _write(directory: Path, state: CheckpointState) -> None:
@@ -177,7 +210,8 @@ def _write(directory: Path, state: CheckpointState) -> None:
     facts = {each.name: getattr(state, each.name) for each in fields(state) if each.name not in _TENSORS}
     facts |= {"format": _FORMAT, "files": files}
     path = directory / _FACTS
-    path.write_text(json.dumps(facts | {"digest": _digest(facts)}, indent=1, allow_nan=False))
+    with naming(path):
+        path.write_text(json.dumps(facts | {"digest": _digest(facts)}, indent=1, allow_nan=False))
     fsync(path)
     fsync(directory)
 

@@ -16,7 +16,7 @@ from sapo_learner.errors import ConfigError
 class Settings(BaseModel):
     """Base of every settings model: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ObjectiveSettings(BaseModel):
@@ -99,7 +99,8 @@ class WarmStartSettings(Settings):
 
 class PolicySettings(Settings):
     source: str = "tiny"
-    """Directory of a Hugging Face causal language model, or "tiny": the built-in one, warm-started on the task."""
+    """Directory of a Hugging Face causal language model, relative to the working directory; or "tiny": the built-in
+    one, warm-started on the task."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the published snapshots, which engines sample with."""
     warm_start: WarmStartSettings = WarmStartSettings()
@@ -110,6 +111,14 @@ class CheckpointSettings(Settings):
     """Optimizer steps between checkpoints."""
     keep: int = Field(default=3, ge=1)
     """How many of the newest checkpoints stay on disk."""
+
+
+class ArchiveSettings(Settings):
+    keep: Literal["all", "checkpoints"] = "all"
+    """all: the whole log stays, so that the run can be replayed from its first step. checkpoints: only what resuming
+    from a kept checkpoint needs; whole segments before that are deleted."""
+    segment_bytes: int = Field(default=256 << 20, ge=1 << 10)
+    """Size from which a segment of the archive is followed by the next one."""
 
 
 class TrainingSettings(Settings):
@@ -146,12 +155,13 @@ class LearnerSettings(Settings):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def parse(model: type[Model], data: Mapping[str, Any], *, where: str) -> Model:
+def parse(model: type[Model], data: Mapping[str, Any], *, where: str, fix: str = "") -> Model:
     """Validate `data`, or raise one ConfigError naming every wrong key, its place and the nearest right name."""
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(model, data, each) for each in error.errors()), where=where) from None
+        sentences = "; ".join(_sentence(model, data, each) for each in error.errors())
+        raise ConfigError(sentences, where=where, fix=fix) from None
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -163,16 +173,21 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def _sentence(model: type[BaseModel], data: Mapping[str, Any], error: Mapping[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
-    dotted = ".".join(path) or "configuration"
+    dotted = ".".join(path)
     if error["type"] == "extra_forbidden":
         return f"unknown key {dotted!r}, {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
     if error["type"] == "missing":
         return f"{dotted!r} is required"
     if error["type"] in ("model_type", "model_attributes_type"):
-        return f"{dotted!r}: is a section with keys of its own, got {error['input']!r}"
+        return f"{dotted!r}: is a section with keys of its own, got {_short(error['input'])}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    given = "" if error["type"] == "value_error" else f", got {error['input']!r}"
-    return f"{dotted!r}: {message}{given}"
+    given = "" if error["type"] == "value_error" else f", got {_short(error['input'])}"
+    return f"{dotted!r}: {message}{given}" if dotted else f"{message}{given}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

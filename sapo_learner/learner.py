@@ -9,7 +9,7 @@ the step changes nothing (I8). A step whose loss or gradient is not finite leave
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from sapo_learner.aggregation import StepCounts, token_weights
 from sapo_learner.batching import Microbatch, TrainingBatch
 from sapo_learner.config import LearnerSettings, OptimizerSettings
 from sapo_learner.logprobs import token_logprobs
+from sapo_learner.memory import enough_memory
 from sapo_learner.objectives import Tokens, build
 from sapo_learner.policy import Policy
 
@@ -111,13 +112,14 @@ class Learner:
             group["betas"] = (options.beta1, options.beta2)
             group["eps"], group["weight_decay"] = options.eps, options.weight_decay
 
-    def step(self, batch: TrainingBatch) -> UpdateReport:
-        """Apply one update; counts as a step whatever becomes of it."""
+    def step(self, batch: TrainingBatch, before: Callable[[Sequence[int]], None] = lambda _: None) -> UpdateReport:
+        """Apply one update; counts as a step whatever becomes of it. before: told each microbatch's groups."""
         started = time.perf_counter()
         rate = learning_rate(self.settings.optimizer, self.step_count, self.settings.training.steps)
         sums, loss = _Sums(), 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for microbatch in batch.microbatches:
+            before(microbatch.groups)
             loss += self._accumulate(microbatch, batch.counts, sums)
         backward_done = time.perf_counter()
         norm, refusal = self._apply(rate, loss) if batch.microbatches else (0.0, "")
@@ -160,12 +162,19 @@ class Learner:
 
     def _accumulate(self, microbatch: Microbatch, counts: StepCounts, sums: _Sums) -> float:
         """Forward and backward of one microbatch; returns its share of the step's loss."""
-        tokens = self.tokens(microbatch)
-        surrogate = self.objective(tokens)
-        aggregation = self.settings.aggregation
-        weights = token_weights(tokens, aggregation.mode, counts, length=aggregation.length)
-        loss = (weights * surrogate.loss).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        rows, length = microbatch.input_ids.shape
+        budget = self.settings.training.microbatch_tokens
+        with enough_memory(
+            f"training on {rows} responses of up to {length} tokens at once",
+            where=f"step {self.step_count + 1}",
+            fix=f"lower training.microbatch_tokens (now {budget}), or sampling.max_tokens in a new run",
+        ):
+            tokens = self.tokens(microbatch)
+            surrogate = self.objective(tokens)
+            aggregation = self.settings.aggregation
+            weights = token_weights(tokens, aggregation.mode, counts, length=aggregation.length)
+            loss = (weights * surrogate.loss).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
         sums.add(tokens, surrogate.diagnostics)
         return float(loss.detach())
 
@@ -180,7 +189,11 @@ class Learner:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.settings.optimizer.max_grad_norm, total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        where = f"step {self.step_count + 1}"
+        with enough_memory(
+            "applying the update", where=where, fix="the optimizer holds two more copies of the weights"
+        ):
+            self.optimizer.step()
         return norm, ""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

@@ -93,7 +93,12 @@ def load_policy(directory: Path, *, weights: bool = True) -> Policy:
         model, absent = _read_model(directory, weights=weights)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"transformers cannot load it: {error}", where=f"policy {directory}") from error
+        reason = " ".join(str(error).split())[:400]
+        raise ConfigError(
+            f"transformers cannot load it: {reason}",
+            where=f"policy {directory}",
+            fix="copy the whole model there again",
+        ) from error
     if absent:
         raise ConfigError(f"weights are missing: {', '.join(absent[:5])}", where=f"policy {directory}")
     model.eval()

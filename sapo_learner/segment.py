@@ -3,19 +3,38 @@
 Each frame carries a checksum (XXH64) and its content size. `zstdcat` reads a segment like any .zst file.
 """
 
+import contextlib
 import os
+import re
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import zstandard
 
+from sapo_learner.disk import naming
 from sapo_learner.errors import Corrupt
 
 _CHUNK = 1 << 16
+
+
+class Name(NamedTuple):
+    """Whose segment, and which of that writer's; ordered as the log is."""
+
+    token: int
+    number: int
+
+    def path(self, directory: Path) -> Path:
+        return directory / f"segment-{self.token:08d}-{self.number:06d}.zst"
+
+
+def names(directory: Path) -> list[Name]:
+    """Of all segments there, in order."""
+    matches = (re.fullmatch(r"segment-(\d{8,})-(\d{6,})\.zst", path.name) for path in directory.glob("segment-*.zst"))
+    return sorted(Name(int(match[1]), int(match[2])) for match in matches if match)
 
 
 class Damaged(Exception):
@@ -27,23 +46,28 @@ class Damaged(Exception):
 
 
 class FrameIndex:
-    """Which frame holds a sequence: four columns of 8 bytes per frame, ordered by first sequence. A frame answers for
+    """Which frame holds a sequence: five columns of 8 bytes per frame, ordered by first sequence. A frame answers for
     its first sequence up to the next frame's, so cutting the list also shortens the frame before the cut."""
 
     def __init__(self) -> None:
-        self._first, self._token, self._start, self._size = (array("Q") for _ in range(4))
+        self._first, self._token, self._number, self._start, self._size = (array("Q") for _ in range(5))
 
-    def push(self, first: int, token: int, start: int, size: int) -> None:
-        """Add the frame at bytes [start, start + size) of segment `token`; a no-op when it was the last one added."""
-        if not self._first or (self._token[-1], self._start[-1]) != (token, start):
-            for column, value in zip(self._columns(), (first, token, start, size), strict=True):
+    def push(self, first: int, name: Name, start: int, size: int) -> None:
+        """Add the frame at bytes [start, start + size) of a segment; a no-op when it was the last one added."""
+        if not self._first or (self._name(-1), self._start[-1]) != (name, start):
+            for column, value in zip(self._columns(), (first, *name, start, size), strict=True):
                 column.append(value)
 
-    def find(self, sequence: int) -> tuple[int, int, int, int | None]:
-        """(token, start, size, first sequence that the frame no longer answers for, None = the last frame)."""
+    def find(self, sequence: int) -> tuple[Name, int, int, int | None]:
+        """(segment, start, size, first sequence that the frame no longer answers for, None = the last frame)."""
         at = bisect_right(self._first, sequence) - 1
         until = self._first[at + 1] if at + 1 < len(self._first) else None
-        return self._token[at], self._start[at], self._size[at], until
+        return self._name(at), self._start[at], self._size[at], until
+
+    def first_of(self, name: Name) -> int | None:
+        """The first sequence that a frame of this segment, or of a later one, answers for."""
+        at = bisect_left(range(len(self._first)), name, key=self._name)
+        return self._first[at] if at < len(self._first) else None
 
     def cut(self, sequence: int) -> None:
         """Forget `sequence` and all behind it."""
@@ -51,8 +75,17 @@ class FrameIndex:
             for column in self._columns():
                 column.pop()
 
+    def drop_before(self, name: Name) -> None:
+        """Forget the frames of all segments before this one."""
+        at = bisect_left(range(len(self._first)), name, key=self._name)
+        for column in self._columns():
+            del column[:at]
+
+    def _name(self, at: int) -> Name:
+        return Name(self._token[at], self._number[at])
+
     def _columns(self) -> tuple["array[int]", ...]:
-        return self._first, self._token, self._start, self._size
+        return self._first, self._token, self._number, self._start, self._size
 
 
 def encode(records: list[list[Any]]) -> bytes:
@@ -136,10 +169,77 @@ def is_whole(path: Path, start: int) -> bool:
     return True
 
 
+class Writer:
+    """The segment that a writer appends to. size: bytes of it, all durable. Not for several threads at once."""
+
+    def __init__(self, directory: Path, name: Name, size: int, header: str) -> None:
+        """Create the segment, or cut its torn tail behind `size`; durable, so that a lost Redis finds the token."""
+        self._directory, self._header = directory, header
+        self._descriptor, self.name, self.size = -1, name, size
+        self._open(name, size)
+
+    def append(self, records: list[list[Any]]) -> tuple[int, int]:
+        """Add one frame, durably; (offset, size) in bytes. Raises OSError that names the file."""
+        start = self.size
+        size = add_frame(self._descriptor, start, records, where=self.name.path(self._directory))
+        self.size = start + size
+        return start, size
+
+    def begin_next(self) -> None:
+        """From here on append to a new segment. Raises OSError, and may be called again then."""
+        path = self.name.path(self._directory)
+        with naming(path):
+            if os.fstat(self._descriptor).st_size != self.size:  # left by an append that failed; only the last segment
+                os.ftruncate(self._descriptor, self.size)  # of a writer may have a torn tail
+                os.fsync(self._descriptor)
+        self._open(Name(self.name.token, self.name.number + 1), 0)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _open(self, name: Name, size: int) -> None:
+        path = name.path(self._directory)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            with naming(path):
+                os.ftruncate(descriptor, size)
+                if size == 0:
+                    size = add_frame(descriptor, 0, [[self._header, *name]], where=path)
+                os.fsync(descriptor)
+            fsync(self._directory)
+        except OSError:
+            os.close(descriptor)
+            raise
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self.name, self.size = descriptor, name, size
+
+
+def add_frame(descriptor: int, start: int, records: list[list[Any]], *, where: Path) -> int:
+    """Make a frame of `records` the file's end, from byte `start` on, durably; returns its size.
+
+    What an append that failed left behind `start` is cut off first. Raises OSError that names the file.
+    """
+    blob, written = encode(records), 0
+    with naming(where):
+        if os.fstat(descriptor).st_size != start:
+            os.ftruncate(descriptor, start)
+        try:
+            while written < len(blob):
+                written += os.pwrite(descriptor, memoryview(blob)[written:], start + written)
+            os.fsync(descriptor)
+        except BaseException:  # also when interrupted: what is half written must not be built upon
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, start)
+            raise
+    return len(blob)
+
+
 def fsync(path: Path) -> None:
     """Force a file's bytes, or a directory's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -95,6 +95,12 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return policy_digest({name: _entry(tensor, 0) for name, tensor in tensors.items()})
 
 
+def snapshot_digest(tensors: Mapping[str, Tensor], dtype: str) -> str:
+    """The digest that `write_snapshot` would publish these weights under, without writing anything."""
+    target = _float_dtype(dtype)
+    return policy_digest({name: _entry(_cast(name, tensor, target), 0) for name, tensor in tensors.items()})
+
+
 _TEMPORARY = ".part-"
 _REFETCH = "delete the blob and fetch it again; when it differs again, the store is damaged"
 

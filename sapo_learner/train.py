@@ -5,7 +5,7 @@ log comes from, what a checkpoint or a metric is: callers do that between the re
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +23,8 @@ from sapo_learner.ledger import Ledger, Outcome
 from sapo_learner.trajectory import TrajectoryGroup
 
 Decode = Callable[[bytes], TrajectoryGroup]
+Attend = Callable[[str, Sequence[str]], None]
+"""Told what is about to be done, in a word like "decoding", and with which entries."""
 
 
 class Log(Protocol):
@@ -67,10 +69,19 @@ class StepReport:
         return float(np.mean(rewards)) if rewards else 0.0
 
 
-def train(learner: Learner, log: Log, position: Position, *, decode: Decode) -> Iterator[StepReport]:
+def train(
+    learner: Learner,
+    log: Log,
+    position: Position,
+    *,
+    decode: Decode,
+    skips: Collection[str] = (),
+    attend: Attend = lambda *_: None,
+) -> Iterator[StepReport]:
     """Consume the log from `position` (advanced in place) until the run's last step, or until the log says stop.
 
     A `config` entry is no group: it changes the learner's settings from the step on whose groups follow or surround it.
+    skips: ids of entries that are left out; they count towards their step.
     """
     while True:
         _obey(learner, position, log.controls(position.cursor))  # they may prolong a run that was complete
@@ -83,15 +94,17 @@ def train(learner: Learner, log: Log, position: Position, *, decode: Decode) -> 
         settings = _obey(learner, position, [entry for entry in entries if entry.kind != GROUP])
         entries = [entry for entry in entries if entry.kind == GROUP]
         oldest_step = learner.step_count - settings.training.max_policy_age
-        groups, stale, invalid = _read(entries, decode, oldest_step)
+        skipped = [entry for entry in entries if entry.id in skips]
+        read = _read([entry for entry in entries if entry.id not in skips], decode, oldest_step, attend)
+        groups, ids, stale, invalid = read
         advantages = [_advantages(group, settings) for group in groups]
         batch = _collate(groups, advantages, settings, learner.step_count)
-        update = learner.step(batch)
+        update = learner.step(batch, _announcing(attend, ids))
         outcomes = Counter(
             Outcome.degenerate if not signal else Outcome.refused if update.refusal else Outcome.trained
             for signal in batch.signal
         )
-        outcomes.update({Outcome.stale: stale, Outcome.invalid: len(invalid)})
+        outcomes.update({Outcome.stale: stale, Outcome.invalid: len(invalid), Outcome.skipped: len(skipped)})
         position.advance(entries[-1], outcomes)
         yield StepReport(
             update=update,
@@ -123,14 +136,14 @@ def _obey(learner: Learner, position: Position, controls: Sequence[Entry]) -> Le
 
 
 def _read(
-    entries: Sequence[Entry], decode: Decode, oldest_step: int
-) -> tuple[list[TrajectoryGroup], int, dict[str, str]]:
-    """Groups to train on, the number of those older than `oldest_step`, and why others (by entry id) do not decode.
-
-    A bad entry costs the run nothing but itself.
+    entries: Sequence[Entry], decode: Decode, oldest_step: int, attend: Attend
+) -> tuple[list[TrajectoryGroup], list[str], int, dict[str, str]]:
+    """Groups to train on with their entries' ids, the number of those older than `oldest_step`, and why others (by
+    entry id) do not decode. A bad entry costs the run nothing but itself.
     """
-    groups, stale, invalid = [], 0, {}
+    groups, ids, stale, invalid = [], [], 0, {}
     for entry in entries:
+        attend("decoding", [entry.id])
         try:
             group = decode(entry.payload)
         except InvalidTrajectory as error:
@@ -140,7 +153,12 @@ def _read(
             stale += 1
         else:
             groups.append(group)
-    return groups, stale, invalid
+            ids.append(entry.id)
+    return groups, ids, stale, invalid
+
+
+def _announcing(attend: Attend, ids: Sequence[str]) -> Callable[[Sequence[int]], None]:
+    return lambda groups: attend("training on", [ids[each] for each in groups])
 
 
 def _advantages(group: TrajectoryGroup, settings: LearnerSettings) -> NDArray[np.float64]:

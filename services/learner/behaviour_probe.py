@@ -37,7 +37,7 @@ class ProbeReport:
 
 class BehaviourProbe:
     def __init__(self, control: ControlPlaneClient, spare: Policy, scratch: Path) -> None:
-        """spare: a second copy of the model, whose weights the probe overwrites."""
+        """spare: a second copy of the model, whose weights the probe overwrites. scratch: this learner's own."""
         self._control, self._spare, self._scratch = control, spare, scratch
         scratch.mkdir(parents=True, exist_ok=True)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sapo_learner.errors import Fenced
 from sapo_learner.manifest import Manifest
 from sapo_learner.policy import Policy
 from sapo_learner.snapshot import write_snapshot
@@ -17,6 +19,7 @@ from services.runtime.client import ControlPlaneClient
 from services.runtime.metrics import LearnerMetrics
 
 log = logging.getLogger(__name__)
+RETRY_SECONDS = 2.0  # between two tries to write to a disk that is full
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ class Publisher:
         token: int,
         metrics: LearnerMetrics,
     ) -> None:
-        """staging: a directory of ours, emptied after each upload."""
+        """staging: a directory of the run's learners; each has one of its own in there, emptied around each upload."""
         self._control, self._files, self._dtype = control, dict(policy.files), dtype
-        self._staging, self._token, self._metrics = staging, token, metrics
+        self._staging, self._token, self._metrics = staging / f"{token:08d}", token, metrics
         self._limits = {"vocabulary": str(policy.vocabulary)}
         if policy.context is not None:
             self._limits["context"] = str(policy.context)
@@ -52,6 +55,7 @@ class Publisher:
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._full = False  # staging's disk, and that it has been said
         self.published_step = -1
 
     def write_model_directory(self, directory: Path) -> Path:
@@ -83,24 +87,61 @@ class Publisher:
         await self._idle.wait()
 
     async def publish(self, snapshot: Snapshot) -> Manifest:
-        """Write, upload what is not there yet, register. Raises Corrupt for weights that are not finite."""
+        """Write, upload what is not there yet, register. Raises Corrupt for weights that are not finite.
+
+        While the disk takes nothing, training goes on, and the newest snapshot takes this one's place.
+        """
         started = time.monotonic()
-        manifest = await asyncio.to_thread(
-            write_snapshot, snapshot.tensors, step=snapshot.step, dtype=self._dtype, files=self._files,
-            directory=self._staging,
-        )  # fmt: skip
-        for blob in manifest.blobs():
-            await self._control.upload(self._staging / blob.sha256, blob)
+        while (manifest := await self._write(snapshot)) is None:
+            await asyncio.sleep(RETRY_SECONDS)
+            if self._waiting is not None:
+                log.info("step %d is not published: step %d overtook it", snapshot.step, self._waiting.step)
+                snapshot, self._waiting = self._waiting, None
+        await self._upload(manifest)
         facts = {
             **self._limits,
             "model_digest": manifest.model_digest,
             "tokenizer_digest": manifest.tokenizer_digest,
         }
-        response = await self._control.publish(
-            api.PublishRequest(token=self._token, manifest=manifest.model_dump(mode="json"), facts=facts)
-        )
-        for part in manifest.parts:
-            (self._staging / part.sha256).unlink(missing_ok=True)
+        request = api.PublishRequest(token=self._token, manifest=manifest.model_dump(mode="json"), facts=facts)
+        if (response := await self._control.publish(request)).version is None:
+            log.info("the policy of step %d is held back for %s", snapshot.step, response.held_for)
+        while response.version is None:
+            response = await self._control.publish(request)
+        self._empty_staging()
         self.published_step = snapshot.step
         self._metrics.publish_seconds.observe(time.monotonic() - started)
         return manifest.model_copy(update={"version": response.version})
+
+    async def _write(self, snapshot: Snapshot) -> Manifest | None:
+        """Into staging; None when the disk takes nothing, which is said once."""
+        self._empty_staging()
+        try:
+            manifest = await asyncio.to_thread(
+                write_snapshot, snapshot.tensors, step=snapshot.step, dtype=self._dtype, files=self._files,
+                directory=self._staging,
+            )  # fmt: skip
+        except OSError as error:
+            if not self._full:
+                what = "snapshot of step %d: %s; nothing is published until there is room in %s, training goes on"
+                log.error(what, snapshot.step, error, self._staging)
+            self._full = True
+            self._empty_staging()
+            return None
+        self._full = False
+        return manifest
+
+    async def _upload(self, manifest: Manifest) -> None:
+        try:
+            for blob in manifest.blobs():
+                await self._control.upload(self._staging / blob.sha256, blob)
+        except FileNotFoundError:  # while this process was stopped
+            raise Fenced(
+                "a newer learner has cleared this one's files away", where=str(self._staging), fix="stop this process"
+            ) from None
+
+    def _empty_staging(self) -> None:
+        """Of older learners, too, which may have been killed; a newer one's files are not ours to touch."""
+        for path in self._staging.parent.glob("*"):
+            if path.name <= self._staging.name:
+                shutil.rmtree(path, ignore_errors=True)

@@ -9,12 +9,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import takewhile
 
 from sapo_learner.archive import Archive, Entry
 from sapo_learner.control import GROUP
-from sapo_learner.errors import Corrupt
+from sapo_learner.errors import Corrupt, Unavailable
 from services.runstore import RunStore
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,18 @@ RETRY_SECONDS = 2.0
 
 
 class Reader:
-    def __init__(self, store: RunStore, archive: Archive, token: int) -> None:
+    def __init__(
+        self,
+        store: RunStore,
+        archive: Archive,
+        token: int,
+        *,
+        patience: float = 60.0,
+        waiting: Callable[[str | None], None] = lambda _: None,
+    ) -> None:
+        """patience: seconds without Redis before `run` gives up; waiting: told of them, and None when they are over."""
         self._store, self._archive, self._token = store, archive, token
+        self._patience, self._waiting = patience, waiting
         self._said = False  # that the disk is full
 
     async def mend(self) -> None:
@@ -37,23 +47,27 @@ class Reader:
         head = self._archive.head
         if head.sequence or "generation" not in reason:
             log.warning("rebuilding the log in Redis from entry %d of the archive: %s", head.sequence, reason)
-        draws, controls = await asyncio.to_thread(self._contents)
-        await self._store.rebuild(self._token, head, draws, uncounted=controls)
+        draws = await asyncio.to_thread(lambda: list(self._archive.draws()))
+        await self._store.rebuild(self._token, head, draws, uncounted=self._archive.controls)
 
     async def count_controls(self) -> None:
         """Tell pacing how many entries are no groups, and hence count towards no step."""
-        _, controls = await asyncio.to_thread(self._contents)
-        await self._store.set_uncounted(self._token, controls)
-
-    def _contents(self) -> tuple[list[int], int]:
-        """The draws in the archive, and the number of entries that are no groups."""
-        draws = [entry.draw for entry in self._archive.entries()]
-        groups = [draw for draw in draws if draw >= 0]
-        return groups, len(draws) - len(groups)
+        await self._store.set_uncounted(self._token, self._archive.controls)
 
     async def run(self) -> None:
+        """Read for ever; training goes on with what is archived while Redis is away."""
+        answered = time.monotonic()
         while True:
-            await self.read(BLOCK_MS)
+            try:
+                await self.read(BLOCK_MS)
+            except Unavailable as error:
+                if time.monotonic() - answered > self._patience:
+                    raise
+                self._waiting(str(error))
+                await asyncio.sleep(BLOCK_MS / 1000)
+            else:
+                answered = time.monotonic()
+                self._waiting(None)
 
     async def catch_up(self, sequence: int) -> None:
         """Read until the archive holds entry `sequence`."""
@@ -80,7 +94,12 @@ class Reader:
             self._said = True
             await asyncio.sleep(RETRY_SECONDS)
             return
-        await self._store.trim(self._token, self._archive.head)
+        try:
+            await self._store.trim(self._token, self._archive.head)
+        except Corrupt:  # Redis was set back since these entries were read
+            if await self._store.needs_rebuild(self._archive.head) is None:
+                raise
+            await self.mend()
 
 
 def _frames(entries: list[Entry]) -> Iterator[list[Entry]]:
@@ -121,6 +140,14 @@ class ArchiveLog:
 
     def controls(self, after: int) -> list[Entry]:
         return list(takewhile(lambda entry: entry.kind != GROUP, self._archive.entries(after)))
+
+    def pause(self, seconds: float) -> bool:
+        """Let the training thread wait; returns whether it shall stop."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._archive.closed:
+            if self._stopping.wait(0.1):
+                return True
+        return self._archive.closed
 
     def stop(self) -> None:
         """Let `next` return None, now and from now on."""

@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from pathlib import Path
+from collections.abc import Coroutine
 from typing import Any
 
 import torch
 
-from sapo_learner.archive import Archive
+from sapo_learner import skips
+from sapo_learner.archive import Archive, newest_token
 from sapo_learner.control import CONFIG, encode_settings
 from sapo_learner.errors import NotFound
 from sapo_learner.ledger import Ledger
@@ -30,26 +31,27 @@ from services.runtime.client import ControlPlaneClient
 from services.runtime.http import probe_app, serving
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import LearnerMetrics
-from services.runtime.settings import Environment, RunConfig
+from services.runtime.settings import Environment, RunConfig, save_config
 
 log = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0
 FAREWELL_SECONDS = 5.0
-PATIENCE_SECONDS = 600.0  # training goes on from the archive while the control plane is away
 
 
-async def serve(lifecycle: Lifecycle, environment: Environment, *, http_listen: str) -> None:
-    token = environment.require("token")
-    metrics = LearnerMetrics()
+async def serve(
+    lifecycle: Lifecycle, environment: Environment, *, http_listen: str, from_step: int | None = None
+) -> None:
+    """from_step: go on from the checkpoint of that step instead of the newest."""
+    url, redis_url, token = (environment.require(name) for name in ("control_plane_url", "redis_url", "token"))
+    metrics, patience = LearnerMetrics(), environment.patience_seconds
     async with (
         serving(probe_app(lifecycle, metrics.registry), http_listen),
-        ControlPlaneClient(environment.require("control_plane_url"), token, patience=PATIENCE_SECONDS) as control,
+        ControlPlaneClient(url, token, patience=patience, waiting=lifecycle.peer("control plane")) as control,
     ):
-        lifecycle.wait_for("start", "the control plane's configuration")
         config = await control.config()
-        lifecycle.wait_for("start", "Redis")
-        async with await RunStore.connect(environment.require("redis_url"), config.run.name) as store:
-            await _Service(lifecycle, config, control, store, metrics).run()
+        waiting = lifecycle.peer("Redis")
+        async with await RunStore.connect(redis_url, config.run.name, patience=patience, waiting=waiting) as store:
+            await _Service(lifecycle, config, control, store, metrics, patience).run(from_step)
 
 
 class _Service:
@@ -60,26 +62,32 @@ class _Service:
         control: ControlPlaneClient,
         store: RunStore,
         metrics: LearnerMetrics,
+        patience: float,
     ) -> None:
         self._lifecycle, self._config, self._control = lifecycle, config, control
-        self._store, self._metrics = store, metrics
+        self._store, self._metrics, self._patience = store, metrics, patience
         self._news: asyncio.Queue[StepNews] = asyncio.Queue()
         self._session: TrainingSession
         self._probe: BehaviourProbe | None = None
 
-    async def run(self) -> None:
+    async def run(self, from_step: int | None) -> None:
         config, directory = self._config, self._config.run.directory
         torch.set_num_threads(config.training.threads)
         torch.use_deterministic_algorithms(config.training.deterministic)
         policy, warm_start = await self._base_policy()
+        save_config(config)  # its files may lie on another machine than the control plane's
         archive_directory = directory / "archive"
-        token = await self._store.acquire_token("learner", floor=_newest_segment(archive_directory))
+        token = await self._store.acquire_token("learner", floor=newest_token(archive_directory))
         self._token = token
-        with Archive(archive_directory, token) as archive:
-            reader = Reader(self._store, archive, token)
+        with (
+            skips.learning(archive_directory),
+            Archive(archive_directory, token, config.archive.segment_bytes) as archive,
+        ):
+            waiting = self._lifecycle.peer("Redis")
+            reader = Reader(self._store, archive, token, patience=self._patience, waiting=waiting)
             await reader.mend()
             self._session = session = TrainingSession(config, policy, archive, token)
-            await asyncio.to_thread(session.restore)
+            await asyncio.to_thread(session.restore, from_step)
             await self._record_changes(reader)
             publisher = Publisher(
                 self._control, policy, dtype=config.policy.dtype, staging=directory / "staging", token=token,
@@ -90,7 +98,7 @@ class _Service:
             model_directory = publisher.write_model_directory(directory / "model")
             if config.probe.behaviour_every:
                 spare = load_policy(model_directory, weights=False)
-                self._probe = BehaviourProbe(self._control, spare, directory / "probe")
+                self._probe = BehaviourProbe(self._control, spare, directory / "staging" / f"{token:08d}-probe")
             await self._report("training", {"kind": "warm_start", **warm_start} if warm_start else None)
             self._lifecycle.ready()
             await self._train(reader, publisher)
@@ -123,7 +131,7 @@ class _Service:
                 await asyncio.to_thread(session.run, publish, report)
                 await self._deliver_news()
                 if not self._lifecycle.stopping.is_set():  # else it is published when the run goes on
-                    await publisher.drain()
+                    await self._unless_stopping(publisher.drain())
                     await self._guard()
             finally:
                 session.log.stop()
@@ -134,6 +142,16 @@ class _Service:
             async with asyncio.timeout(FAREWELL_SECONDS):
                 await self._report("finished" if step >= steps else "stopped")
         log.info("%s at step %d", "finished" if step >= steps else "stopped", step)
+
+    async def _unless_stopping(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for `work`, but no longer than until the process shall stop: a full disk may hold it up for ever."""
+        stopping: asyncio.Task[Any] = asyncio.create_task(self._lifecycle.stopping.wait())
+        tasks = [asyncio.create_task(work), stopping]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _deliver_news(self) -> None:
         """Every step's figures reach the record; but a process that shall stop does not wait long for that."""
@@ -192,7 +210,8 @@ class _Service:
             try:
                 news = await asyncio.wait_for(self._news.get(), REPORT_SECONDS)
             except TimeoutError:
-                if self._session.learner.step_count < self._session.learner.settings.training.steps:
+                done = self._session.learner.step_count >= self._session.learner.settings.training.steps
+                if not done or self._session.log.waiting_for:
                     await self._report("training")
                 continue
             self._metrics.observe(news.record)
@@ -210,9 +229,3 @@ class _Service:
             return
         self._metrics.probe.set(result.max_abs_diff)
         await self._report("training", {"kind": "probe", **result.to_dict()})
-
-
-def _newest_segment(directory: Path) -> int:
-    """Newest fencing token that an archive segment carries; 0 without one. Survives the loss of Redis."""
-    names = [path.stem.removeprefix("segment-") for path in directory.glob("segment-*.zst")]
-    return max((int(name) for name in names if name.isdigit()), default=0)

@@ -8,26 +8,29 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from sapo_learner import checkpoint
-from sapo_learner.archive import GENESIS, Archive
-from sapo_learner.config import LearnerSettings, parse
-from sapo_learner.control import last_settings, settings_of
-from sapo_learner.errors import NotFound
+from sapo_learner import checkpoint, skips
+from sapo_learner.archive import Archive
+from sapo_learner.config import LearnerSettings
+from sapo_learner.control import last_settings
+from sapo_learner.errors import Corrupt, NotFound, Unavailable
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
-from sapo_learner.policy import Policy, load_weights
+from sapo_learner.policy import Policy
+from sapo_learner.resume import capture, environment, restore
 from sapo_learner.train import Position, StepReport, train
+from services.learner.attention import Attention
 from services.learner.publisher import Snapshot, copy_weights
 from services.learner.reader import ArchiveLog
 from services.runtime.settings import RunConfig
 from services.wire import decode
 
 log = logging.getLogger(__name__)
+RETRY_SECONDS = 2.0  # between two tries to save on a disk that is full
 
 
 @dataclass(frozen=True)
@@ -52,75 +55,120 @@ class TrainingSession:
     """Lives in the training thread; `publish` and `report` hand things over to the event loop."""
 
     def __init__(self, config: RunConfig, policy: Policy, archive: Archive, token: int) -> None:
+        """Raises Corrupt, naming the entry, when one has killed the learner again and again."""
         self._config, self._archive, self._token = config, archive, token
         self._directory = config.run.directory / "checkpoints"
+        self._skips = skips.read(archive.directory)
+        self._attention = Attention(config.run.directory / "learner.attention", self._skips)
         self.learner = Learner(policy, config.learner, temperature=config.sampling.temperature)
         self.position = Position()
         self.log = ArchiveLog(archive)
         self.progress = Progress()
         self.saved_step = -1
 
-    def restore(self) -> None:
-        """Go to the newest usable checkpoint, or make checkpoint 0 of the base policy."""
+    def restore(self, step: int | None = None) -> None:
+        """Go to the newest usable checkpoint (of `step`, if given), or make checkpoint 0 of the base policy.
+
+        Going back to an older one leaves a branch of the run: a checkpoint under our token makes that last. Raises
+        NotFound for a step that is not kept.
+        """
         try:
-            loaded = checkpoint.load_newest(self._directory, belongs=self._belongs)
+            loaded = checkpoint.load_newest(self._directory, step, belongs=self._belongs)
         except NotFound:
+            if step is not None:
+                raise
             self.save()
             return
-        state = loaded.state
-        self.learner.change_settings(parse(LearnerSettings, state.extra["settings"], where=str(loaded.found.path)))
-        load_weights(self.learner.policy, state.model)
-        self.learner.load_optimizer_tensors(state.optimizer)
-        self.learner.step_count = state.step
-        self.position = Position(state.cursor, state.chain, Ledger.from_dict(state.ledger))
-        torch.set_rng_state(state.rng["torch"])
-        self.saved_step = state.step
+        state, name = loaded.state, loaded.found.path.name
+        self.position = restore(self.learner, state, where=str(loaded.found.path))
         self._note_progress()
-        log.info("resumed %s, at entry %d%s", loaded.found.path.name, state.cursor,
-                 f"; passed over: {loaded.reason}" if loaded.reason else "")  # fmt: skip
-        environment = _environment()
-        if state.environment != environment:
+        if loaded.reason:
+            log.warning("newer checkpoints cannot be used: %s", loaded.reason)
+        why = "it was asked for" if step is not None else "the newest that is usable"
+        log.info("resumed %s (%s), at step %d and entry %d", name, why, state.step, state.cursor)
+        if state.environment != environment():
             log.warning("this process differs from the one that saved it, so weights may differ in their last bits: "
-                        "%s, now %s", state.environment, environment)  # fmt: skip
+                        "%s, now %s", state.environment, environment())  # fmt: skip
+        if step is not None and loaded.found != checkpoint.list_whole(self._directory)[0]:
+            self.save()
+        self.saved_step = state.step
 
     def _note_progress(self) -> Progress:
         self.progress = Progress(self.learner.step_count, self.position.cursor, self.position.ledger)
         return self.progress
 
     def _belongs(self, cursor: int, chain: str) -> bool:
-        if cursor == 0:
-            return chain == GENESIS
-        entries = self._archive.read(cursor - 1, 1)
-        return bool(entries) and entries[0].chain == chain
+        return self._archive.chain_at(cursor) == chain
 
     def settings_ahead(self) -> LearnerSettings:
         """The settings that will be in force once everything archived is consumed."""
         return last_settings(self._archive.entries(self.position.cursor), self.learner.settings)
 
     def save(self) -> None:
-        """Checkpoint the state as it is now, unless it is saved already."""
+        """Checkpoint the state as it is now, unless it is saved already. Raises Unavailable; see `_write`."""
         if self.saved_step == self.learner.step_count:
             return
-        state = checkpoint.CheckpointState(
-            step=self.learner.step_count,
-            cursor=self.position.cursor,
-            chain=self.position.chain,
-            ledger=self.position.ledger.to_dict(),
-            model=self.learner.policy.tensors(),
-            optimizer=self.learner.optimizer_tensors(),
-            rng={"torch": torch.get_rng_state()},
-            environment=_environment(),
-            extra={"settings": settings_of(self.learner.settings)},
-        )
-        saved = checkpoint.save(self._directory, state, token=self._token)
-        checkpoint.prune(self._directory, self._config.checkpoint.keep, saved=saved)
-        self.saved_step = self.learner.step_count
+        state = capture(self.learner, self.position)
+        try:
+            self._write(state)
+        finally:
+            self.log.waiting_for = ""
+        self.saved_step = state.step
+
+    def _write(self, state: checkpoint.CheckpointState) -> None:
+        """Save; while the disk takes nothing, training waits here. Raises Unavailable when it shall stop meanwhile."""
+        name, said = f"checkpoint of step {state.step}", False
+        while True:
+            try:
+                saved = checkpoint.save(self._directory, state, token=self._token)
+                self._prune(saved)
+            except OSError as error:
+                if not said:
+                    log.error("%s: %s; training waits until there is room in %s", name, error, self._directory)
+                said = True
+                self.log.waiting_for = f"room on the disk for the {name}"
+                if self.log.pause(RETRY_SECONDS):
+                    raise self._not_saved(name, error) from None
+            else:
+                if said:
+                    log.info("%s is saved; training goes on", name)
+                return
+
+    def _prune(self, saved: Path) -> None:
+        """Delete checkpoints that are not kept and, if only they are wanted, the archive before the oldest kept one."""
+        everything = self._config.archive.keep == "all"
+        checkpoint.prune(self._directory, self._config.checkpoint.keep, saved=saved, base=everything)
+        if everything:
+            return
+        try:
+            freed = self._archive.prune(checkpoint.oldest_cursor(self._directory))
+        except (OSError, Corrupt) as error:
+            log.warning("the archive was not pruned: %s", error)
+        else:
+            if freed:
+                log.info("archive: %.1f MB pruned", freed / 1e6)
+
+    def _not_saved(self, name: str, error: OSError) -> Unavailable:
+        newest = f"from that of step {self.saved_step}" if self.saved_step >= 0 else "from the beginning"
+        fix = f"make room, then start again: the run goes on {newest}, and everything accepted since is in the log"
+        return Unavailable(f"the {name} could not be saved: {error}", where=str(self._directory), fix=fix)
 
     def run(self, publish: Callable[[Snapshot], None], report: Callable[[StepNews], None]) -> None:
         """Train until the last step or until the log is stopped; then checkpoint."""
+        try:
+            self._train(publish, report)
+        except Unavailable:  # memory or disk were too small: no entry is to blame
+            self._attention.done()
+            raise
+        self._attention.done()
+        self.save()
+
+    def _train(self, publish: Callable[[Snapshot], None], report: Callable[[StepNews], None]) -> None:
         config = self._config
         started, waited = time.time(), 0.0
-        for step in train(self.learner, self.log, self.position, decode=decode):
+        steps = train(self.learner, self.log, self.position, decode=decode, skips=self._skips, attend=self._attention)
+        for step in steps:
+            self._attention.done()
             ended, number = time.time(), step.update.step
             last = self.learner.settings.training.steps
             for entry, reason in step.invalid.items():
@@ -134,7 +182,6 @@ class TrainingSession:
             waiting = self.log.waited_seconds - waited
             report(StepNews(step_record(step, started + waiting, ended, waiting), step, self._note_progress()))
             started, waited = time.time(), self.log.waited_seconds
-        self.save()
 
 
 def step_record(step: StepReport, started: float, ended: float, waited: float) -> dict[str, Any]:
@@ -174,13 +221,3 @@ def step_record(step: StepReport, started: float, ended: float, waited: float) -
 
 def _mean(values: list[float]) -> float:
     return float(np.mean(values))
-
-
-def _environment() -> dict[str, Any]:
-    """What bit-exact continuation depends on."""
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "world_size": 1,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }

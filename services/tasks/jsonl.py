@@ -13,6 +13,7 @@ Held out are the problems of `held_out_path`, or else a fraction of all, chosen 
 prompt is on the same side in every run, however the file is ordered.
 """
 
+import codecs
 import hashlib
 import json
 import re
@@ -33,9 +34,9 @@ _BUCKETS = 1 << 32
 
 class Jsonl(Settings):
     path: Path
-    """File with one JSON object per line."""
+    """File with one JSON object per line, in UTF-8; relative to the working directory."""
     held_out_path: Path | None = None
-    """File with the held-out problems; default: a fraction of `path`."""
+    """File with the held-out problems, relative to the working directory; default: a fraction of `path`."""
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of `path` that is held out, without held_out_path."""
     prompt_field: str = "prompt"
@@ -52,11 +53,14 @@ class Jsonl(Settings):
     @model_validator(mode="after")
     def _pattern_is_one(self) -> "Jsonl":
         if (self.match == "regex") != bool(self.pattern):
-            raise ValueError("pattern and match: regex belong together")
+            raise ValueError("pattern and match: regex belong together: give both or neither")
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
+            raise ValueError(
+                f"pattern {self.pattern!r} is no regular expression: {error}; a literal bracket or backslash has a "
+                "backslash before it"
+            ) from None
         return self
 
     def problems(self, split: Split) -> Sequence[Problem]:
@@ -80,34 +84,42 @@ class Jsonl(Settings):
     def _splits(self) -> dict[Split, list[Problem]]:
         everything = list(self._read(self.path))
         if self.held_out_path:
-            splits: dict[Split, list[Problem]] = {"train": everything, "held_out": list(self._read(self.held_out_path))}
-        else:
-            held_out = [self._is_held_out(problem) for problem in everything]
-            splits = {
-                "train": [each for each, out in zip(everything, held_out, strict=True) if not out],
-                "held_out": [each for each, out in zip(everything, held_out, strict=True) if out],
-            }
-        for split, problems in splits.items():
-            if not problems:
-                raise ConfigError(
-                    f"no problem is left for the {split.replace('_', '-')} split of {len(everything)}",
-                    where=str(self.path),
-                    fix="add problems, or change task.held_out_fraction or task.held_out_path",
-                )
-        return splits
+            return {"train": everything, "held_out": list(self._read(self.held_out_path))}
+        held_out = [self._is_held_out(problem) for problem in everything]
+        train = [each for each, out in zip(everything, held_out, strict=True) if not out]
+        if not train:
+            raise ConfigError(
+                f"all {len(everything)} problems are held out, none is left to train on",
+                where=f"task.path {self.path}",
+                fix="add problems, or lower task.held_out_fraction",
+            )
+        # None held out is a small file, not a mistake: there is then no pass@1.
+        return {"train": train, "held_out": [each for each, out in zip(everything, held_out, strict=True) if out]}
 
     def _is_held_out(self, problem: Problem) -> bool:
         digest = hashlib.sha256(problem.prompt.encode()).digest()
         return int.from_bytes(digest[:4], "big") < self.held_out_fraction * _BUCKETS
 
     def _read(self, path: Path) -> Iterator[Problem]:
+        key = "task.path" if path == self.path else "task.held_out_path"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"not readable: {error}", where=f"task.path {path}") from None
+            # Without the mark that some editors put first. Bytes are split, not text: a JSON string may hold what else
+            # counts as the end of a line.
+            lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        except OSError as error:
+            raise ConfigError(
+                f"not readable: {error.strerror}", where=f"{key} {path}",
+                fix="paths are relative to the working directory",
+            ) from None  # fmt: skip
+        empty = True
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield self._problem(line, f"{path}:{number}", f"{path.name}:{number}")
+                empty = False
+                yield self._problem(_text(line, f"{path}:{number}"), f"{path}:{number}", f"{path.name}:{number}")
+        if empty:
+            raise ConfigError(
+                "no problem in the file", where=f"{key} {path}", fix='add lines like {"prompt": "7+5=", "answer": "12"}'
+            )
 
     def _problem(self, line: str, where: str, identifier: str) -> Problem:
         try:
@@ -121,12 +133,20 @@ class Jsonl(Settings):
             if field not in data:
                 fix = f"{did_you_mean(field, data)}; or set task.prompt_field and task.answer_field"
                 raise ConfigError(f"no field {field!r}", where=where, fix=fix)
-            if not isinstance(data[field], str | int | float) or str(data[field]) == "":
-                raise ConfigError(f"{field!r} is {data[field]!r}, not a text or number", where=where)
-            texts.append(str(data[field]))
+            value = data[field]
+            if not isinstance(value, str | int | float) or isinstance(value, bool) or str(value).strip() == "":
+                raise ConfigError(f"{field!r} is {value!r}, not a text or number", where=where, fix="mend that line")
+            texts.append(str(value))
         if self.match == "number" and _number(texts[1]) is None:
             raise ConfigError(f"the answer {texts[1]!r} is not a number", where=where, fix="use match: exact or regex")
         return Problem(id=identifier, prompt=texts[0], answer=texts[1])
+
+
+def _text(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8: {error.reason}", where=where, fix="save the file as UTF-8") from None
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from sapo_learner.archive import GENESIS, Archive, Entry, Head, link
+from sapo_learner.archive import GENESIS, Archive, Entry, Head, link, newest_token
 from sapo_learner.errors import Corrupt, Fenced
-from sapo_learner.segment import FrameIndex, next_frame
+from sapo_learner.segment import FrameIndex, Name, names, next_frame
 
 
 def log(count: int, *, after: Entry | None = None, generation: int = 1, salt: str = "") -> list[Entry]:
@@ -37,7 +37,7 @@ def write(directory: Path, appends: Iterable[list[Entry]], *, token: int = 1) ->
     with Archive(directory, token) as archive:
         for entries in appends:
             archive.append(entries)
-    return directory / f"segment-{token:08d}.zst"
+    return directory / f"segment-{token:08d}-000001.zst"
 
 
 def held(directory: Path) -> list[Entry]:
@@ -96,10 +96,10 @@ def test_one_append_is_one_frame_with_checksum_and_size(tmp_path):
 def test_index_stays_small():
     index = FrameIndex()
     for first in range(1, 1001):
-        index.push(first, 1, first * 100, 100)
-    assert sum(column.itemsize * len(column) for column in index._columns()) == 32 * 1000
-    assert index.find(1000) == (1, 100_000, 100, None)
-    assert index.find(1) == (1, 100, 100, 2)
+        index.push(first, Name(1, 1), first * 100, 100)
+    assert sum(column.itemsize * len(column) for column in index._columns()) == 40 * 1000
+    assert index.find(1000) == (Name(1, 1), 100_000, 100, None)
+    assert index.find(1) == (Name(1, 1), 100, 100, 2)
 
 
 # ---- what may be appended (I2: no entry twice, none left out)
@@ -193,7 +193,7 @@ def test_i2_damage_before_the_tail_is_corrupt_and_nothing_is_cut(tmp_path):
         damaged = bytearray(whole)
         damaged[at] ^= 0x41
         path.write_bytes(damaged)
-        with pytest.raises(Corrupt, match=rf"segment-00000001.zst: damaged at byte {start} .*restore the file"):
+        with pytest.raises(Corrupt, match=rf"segment-00000001-000001.zst: damaged at byte {start} .*restore the file"):
             Archive(tmp_path, 1)
         assert path.read_bytes() == damaged
 
@@ -222,10 +222,10 @@ def test_i2_a_frame_that_is_missing_is_corrupt(tmp_path):
 
 def test_a_segment_of_something_else_is_refused(tmp_path):
     path = write(tmp_path, [log(2)])
-    path.rename(tmp_path / "segment-00000003.zst")
-    with pytest.raises(Corrupt, match="not a sapo-archive-1 segment of token 3"):
+    path.rename(tmp_path / "segment-00000003-000001.zst")
+    with pytest.raises(Corrupt, match="not a sapo-archive-2 segment 1 of token 3"):
         Archive(tmp_path, None)
-    (tmp_path / "segment-00000003.zst").write_bytes(zstandard.ZstdCompressor().compress(b"hello"))
+    (tmp_path / "segment-00000003-000001.zst").write_bytes(zstandard.ZstdCompressor().compress(b"hello"))
     with pytest.raises(Corrupt, match="not a frame of archive records"):
         Archive(tmp_path, None)
 
@@ -236,7 +236,7 @@ def test_damage_after_opening_is_corrupt_when_read(tmp_path):
     blob = bytearray(path.read_bytes())
     blob[-1] ^= 1
     path.write_bytes(blob)
-    archive._frame = None
+    archive._held._frame = None
     with pytest.raises(Corrupt, match="restore the file"):
         archive.read(0, 1)
 
@@ -281,7 +281,7 @@ def test_i2_append_returns_only_after_fsync_of_the_bytes_and_of_a_new_segments_n
 
     for name in real:
         monkeypatch.setattr(os, name, note(name))
-    segment = "segment-00000001.zst"
+    segment = "segment-00000001-000001.zst"
     with Archive(tmp_path, 1) as archive:
         assert events[-1] == ("fsync", "directory")
         events.clear()
@@ -295,7 +295,7 @@ from pathlib import Path
 from tests_log import log
 from sapo_learner.archive import Archive
 directory, token = Path(sys.argv[1]), int(sys.argv[2])
-archive = Archive(directory, token)
+archive = Archive(directory, token, segment_bytes=300)
 entries = log(400)
 while archive.head.sequence < 400:
     after = archive.head.sequence
@@ -340,7 +340,7 @@ def test_i7_an_older_token_is_refused_at_opening_and_at_its_next_append(tmp_path
 
 def _written_behind_the_back(directory: Path, entries: list[Entry], token: int) -> None:
     """As a replaced writer would that looked for newer segments just before they came."""
-    newer = [path for path in directory.glob("segment-*.zst") if int(path.stem[8:]) > token]
+    newer = [path for path in directory.glob("segment-*.zst") if int(path.stem[8:16]) > token]
     aside = [path.rename(path.with_suffix(".aside")) for path in newer]
     write(directory, [entries], token=token)
     for path in aside:
@@ -380,10 +380,10 @@ def test_i7_a_reader_that_saw_the_older_branch_steps_back(tmp_path):
     write(tmp_path, [entries])
     reader = Archive(tmp_path, None)
     assert reader.head.sequence == 9
-    (tmp_path / "segment-00000001.zst").rename(tmp_path / "aside")
+    (tmp_path / "segment-00000001-000001.zst").rename(tmp_path / "aside")
     rebuilt = [*entries[:5], *log(2, after=entries[4], generation=2)]
     write(tmp_path, [rebuilt], token=2)
-    (tmp_path / "aside").rename(tmp_path / "segment-00000001.zst")
+    (tmp_path / "aside").rename(tmp_path / "segment-00000001-000001.zst")
     reader.refresh()
     assert list(reader.entries()) == rebuilt
 
@@ -424,7 +424,7 @@ def test_a_reader_that_meets_a_frame_in_the_middle_of_its_write_does_not_call_it
         path.write_bytes(whole)
         return next_frame(path, damaged)
 
-    monkeypatch.setattr("sapo_learner.archive.next_frame", the_writer_goes_on)
+    monkeypatch.setattr("sapo_learner.held.next_frame", the_writer_goes_on)
     reader = Archive(tmp_path, None)
     assert reader.head.sequence == 2
     reader.refresh()
@@ -459,3 +459,125 @@ def test_wait_ends_when_the_archive_closes(tmp_path):
     archive.close()
     waiting.join(10)
     assert answers == [False]
+
+
+# ---- segments of bounded size
+
+SMALL = 150  # bytes: a header and two entries
+
+
+def rolled(directory: Path, entries: list[Entry], *, token: int = 1) -> list[Path]:
+    """Append one by one to small segments; their paths."""
+    with Archive(directory, token, SMALL) as archive:
+        for entry in entries:
+            archive.append([entry])
+    return [name.path(directory) for name in names(directory)]
+
+
+def test_i6_a_full_segment_is_followed_by_the_next(tmp_path):
+    entries = log(12)
+    paths = rolled(tmp_path, entries[:10])
+    assert [path.name for path in paths] == [f"segment-00000001-{n:06d}.zst" for n in range(1, len(paths) + 1)]
+    assert len(paths) > 3
+    assert all(path.stat().st_size >= SMALL for path in paths[:-1])
+    assert held(tmp_path) == entries[:10]
+    assert rolled(tmp_path, entries[10:11])[: len(paths)] == paths  # reopened: goes on in the last
+    rolled(tmp_path, entries[11:], token=2)
+    assert names(tmp_path)[-1] == Name(2, 1)
+    archive = Archive(tmp_path, None)
+    assert list(archive.entries()) == entries
+    whole = [segment for segment in archive.segments() if segment.first]
+    assert [segment.first for segment in whole] == [1, *(segment.last + 1 for segment in whole[:-1])]
+    assert (whole[-1].last, archive.size_bytes) == (12, sum(path.stat().st_size for path in tmp_path.iterdir()))
+    assert (newest_token(tmp_path), newest_token(tmp_path / "none")) == (2, 0)
+
+
+def test_i2_a_crash_while_a_segment_begins_loses_nothing(tmp_path):
+    entries = log(8)
+    *_, last = rolled(tmp_path, entries)
+    whole = last.read_bytes()
+    for at in range(len(whole)):
+        last.write_bytes(whole[:at])
+        kept = len(held(tmp_path))
+        assert held(tmp_path) == entries[:kept]
+        assert kept >= 6
+    for at in range(0, len(whole), 7):
+        last.write_bytes(whole[:at])
+        rolled(tmp_path, entries)
+        assert held(tmp_path) == entries
+
+
+@pytest.mark.parametrize("cut", [1, 40, None])
+def test_i2_a_segment_cut_short_that_is_not_its_writers_last_is_corrupt(tmp_path, cut: int | None):
+    paths = rolled(tmp_path, log(10))
+    rolled(tmp_path, log(11), token=2)
+    whole = paths[1].read_bytes()
+    paths[1].write_bytes(whole[: frame_starts(paths[1])[-2] if cut is None else len(whole) - cut])
+    with pytest.raises(Corrupt):
+        Archive(tmp_path, 3)
+
+
+def test_i2_whatever_is_torn_before_the_next_segment_is_corrupt(tmp_path):
+    first, *_ = rolled(tmp_path, log(5))
+    first.write_bytes(first.read_bytes() + b"half a frame")
+    with pytest.raises(Corrupt, match=r"damaged at byte .* with whole entries in the next segment"):
+        Archive(tmp_path, None)
+
+
+def test_i2_what_a_failed_append_left_is_cut_before_the_next_segment_begins(tmp_path):
+    entries = log(6)
+    with Archive(tmp_path, 1, 40) as archive:
+        archive.append(entries[:3])
+        full = names(tmp_path)[-1].path(tmp_path)
+        whole = full.read_bytes()
+        full.write_bytes(whole + b"half a frame")
+        archive.append(entries[3:])
+    assert full.read_bytes() == whole
+    assert held(tmp_path) == entries
+
+
+def test_i2_a_segment_that_cannot_begin_is_tried_again(tmp_path):
+    entries = log(4)
+    with Archive(tmp_path, 1, 40) as archive:
+        archive.append(entries[:2])
+        following = Name(1, names(tmp_path)[-1].number + 1).path(tmp_path)
+        following.mkdir()  # in its way
+        for _ in range(2):
+            with pytest.raises(OSError, match=following.name):
+                archive.append(entries[2:])
+        assert archive.head.sequence == 2
+        following.rmdir()
+        archive.append(entries[2:])
+    assert held(tmp_path) == entries
+
+
+def test_i7_of_two_writers_with_several_segments_the_newest_wins(tmp_path):
+    entries = log(9)
+    rebuilt = entries[:4] + log(6, after=entries[3], generation=2)
+    rolled(tmp_path, entries[:4])
+    rolled(tmp_path, rebuilt[4:], token=2)
+    newer = [name.path(tmp_path) for name in names(tmp_path) if name.token == 2]
+    newer = [path.rename(path.with_suffix(".aside")) for path in newer]
+    rolled(tmp_path, entries[4:])  # behind the back
+    for path in newer:
+        path.rename(path.with_suffix(".zst"))
+    assert list(Archive(tmp_path, None).entries()) == rebuilt
+
+
+def test_i7_an_older_writer_is_refused_as_soon_as_the_newer_one_reads(tmp_path, monkeypatch):
+    """Else the older one could append, or prune, what the newer one has already looked for."""
+    older = Archive(tmp_path, 1)
+
+    def late(path: Path) -> object:
+        with pytest.raises(Fenced):
+            older.append(log(1))
+        return read(path)
+
+    from sapo_learner import pruned
+
+    read = pruned.read
+    monkeypatch.setattr(pruned, "read", late)
+    Archive(tmp_path, 2).close()
+    monkeypatch.undo()
+    older.close()
+    assert held(tmp_path) == []

@@ -268,7 +268,7 @@ def test_i2_a_checkpoint_of_a_branch_that_the_log_left_is_passed_over(tmp_path):
         save(tmp_path, state(step), token=1)
     loaded = load_newest(tmp_path, belongs=lambda cursor, chain: (cursor, chain) == (320, f"{10:040x}"))
     assert loaded.found.step == 10
-    assert "the log has another chain at entry 640" in loaded.reason
+    assert "the log does not have its entry 640" in loaded.reason
 
 
 # ---- pruning (I6)
@@ -299,6 +299,33 @@ def test_i6_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
     (tmp_path / "step-00000030-00000001" / "model.safetensors").unlink()
     assert prune(tmp_path, 2) == []
     assert order(tmp_path) == [(1, 20), (1, 10)]
+
+
+def test_the_base_stays_for_ever(tmp_path):
+    for step, token in ((0, 1), (10, 1), (20, 1), (0, 2), (10, 2)):
+        save(tmp_path, state(step), token=token)
+    assert {path.name for path in prune(tmp_path, 2)} == {"step-00000010-00000001", "step-00000020-00000001"}
+    assert order(tmp_path) == [(2, 10), (2, 0), (1, 0)]
+    assert checkpoint.oldest_cursor(tmp_path) == 0, "somebody went back to step 0 under token 2"
+    for step in (20, 30):
+        save(tmp_path, state(step), token=2)
+    prune(tmp_path, 2)
+    assert order(tmp_path) == [(2, 30), (2, 20), (1, 0)]
+    assert checkpoint.oldest_cursor(tmp_path) == 32 * 20
+    prune(tmp_path, 1, base=False)
+    assert order(tmp_path) == [(2, 30)]
+    save(tmp_path, state(0), token=3)
+    assert checkpoint.oldest_cursor(tmp_path) == 0, "the newest is never set aside"
+
+
+def test_nothing_is_prunable_while_the_base_is_all_there_is(tmp_path):
+    assert checkpoint.oldest_cursor(tmp_path) == 0
+    save(tmp_path, state(0), token=1)
+    assert checkpoint.oldest_cursor(tmp_path) == 0
+    assert prune(tmp_path, 1) == []
+    damaged = save(tmp_path, state(10), token=1) / "checkpoint.json"
+    damaged.write_text(damaged.read_text().replace('"step": 10', '"step": 11'))
+    assert checkpoint.oldest_cursor(tmp_path) == 0, "a damaged one needs nothing, and sets no other aside"
 
 
 def test_a_prune_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypatch):

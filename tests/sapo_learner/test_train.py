@@ -10,12 +10,12 @@ import torch
 
 from sapo_learner import checkpoint
 from sapo_learner.archive import GENESIS
-from sapo_learner.checkpoint import CheckpointState
 from sapo_learner.config import LearnerSettings, ObjectiveSettings
 from sapo_learner.errors import Corrupt
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
-from sapo_learner.policy import load_weights, tiny_policy
+from sapo_learner.policy import tiny_policy
+from sapo_learner.resume import capture, restore
 from sapo_learner.snapshot import weights_digest
 from sapo_learner.train import Position, StepReport, train
 from sapo_learner.trajectory import TrajectoryGroup
@@ -66,20 +66,10 @@ class Run:
         return weights_digest(self.learner.policy.tensors()), weights_digest(self.learner.optimizer_tensors())
 
     def save(self, directory: Path) -> Path:
-        position = self.position
-        state = CheckpointState(
-            step=self.learner.step_count, cursor=position.cursor, chain=position.chain,
-            ledger=position.ledger.to_dict(), model=self.learner.policy.tensors(),
-            optimizer=self.learner.optimizer_tensors(), rng={"torch": torch.get_rng_state()},
-        )  # fmt: skip
-        return checkpoint.save(directory, state, token=1)
+        return checkpoint.save(directory, capture(self.learner, self.position), token=1)
 
     def load(self, path: Path) -> None:
-        state = checkpoint.load(path)
-        load_weights(self.learner.policy, state.model)
-        self.learner.load_optimizer_tensors(state.optimizer)
-        self.learner.step_count = state.step
-        self.position = Position(state.cursor, state.chain, Ledger.from_dict(state.ledger))
+        self.position = restore(self.learner, checkpoint.load(path), where=str(path))
 
 
 def one_step(groups: Sequence[TrajectoryGroup | bytes], **training: Any) -> tuple[Run, StepReport]:
@@ -284,3 +274,39 @@ def test_an_entry_of_an_unknown_kind_stops_training_with_its_name():
     log.entries[1] = replace(log.entries[1], kind="riddle")
     with pytest.raises(Corrupt, match="entry 1-2 is of kind 'riddle'"):
         Run(settings_of()).steps(log)
+
+
+def test_I1_a_skipped_entry_counts_towards_its_step_and_is_not_trained_on() -> None:
+    log = RecordedLog(payloads())
+    run, whole = Run(settings_of()), Run(settings_of())
+    skipped = {log.next(1, 1)[0].id: "poison"}  # type: ignore[index]
+    attended: list[str] = []
+    steps = train(
+        run.learner, log, run.position, decode=decode, skips=skipped, attend=lambda doing, ids: attended.extend(ids)
+    )
+    first = next(steps)
+    assert first.outcomes["skipped"] == 1
+    assert sum(first.outcomes.values()) == GROUPS
+    assert not skipped.keys() & set(attended), "nobody looks at it again"
+    list(steps)
+    whole.steps(log)
+    assert run.position.ledger.consumed == whole.position.ledger.consumed
+    assert run.digest() != whole.digest()
+
+
+def test_what_the_learner_works_on_is_told_before_it_is_done() -> None:
+    log = RecordedLog([encode(random_group(index)) for index in range(GROUPS)])
+    run = Run(settings_of())
+    told: list[tuple[str, list[str]]] = []
+
+    def attend(doing: str, ids: Sequence[str]) -> None:
+        told.append((doing, list(ids)))
+
+    def decoding(payload: bytes) -> TrajectoryGroup:
+        assert told[-1][0] == "decoding"
+        return decode(payload)
+
+    next(train(run.learner, log, run.position, decode=decoding, attend=attend))
+    ids = [entry.id for entry in log.next(0, GROUPS) or []]
+    assert [named for _, named in told[:GROUPS]] == [[each] for each in ids]
+    assert {each for doing, named in told if doing == "training on" for each in named} == set(ids)
