@@ -3,9 +3,12 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
+KILLS  ?= 200
+MODE   ?= all
+FSYNC  ?= always
 TORCH  ?= torch==2.13.0
 
-.PHONY: help install demo test lint format protos clean
+.PHONY: help install demo test chaos lint format protos clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +28,9 @@ demo: install  ## train a policy end to end on this machine (SEED=n for another 
 
 test: install  ## run the tests
 	$(BIN)/pytest
+
+chaos: install  ## hundreds of faults, about an hour (KILLS=n, MODE=all|kills|faults|short, FSYNC=always|everysec)
+	$(BIN)/python -m benchmarks.chaos --seed $(SEED) --kills $(KILLS) --mode $(MODE) --fsync $(FSYNC)
 
 lint: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What must be true of a run that was interrupted once and lost every one of its processes to kill -9."""
 
+import json
 from itertools import takewhile
 from pathlib import Path
 
@@ -101,6 +102,18 @@ def test_I3_the_same_log_gives_the_same_weights_without_any_service(stack: Stack
     assert weights_digest(learner.policy.tensors()) == weights_digest(final.model)
 
 
+def test_I3_sapo_replay_finds_every_published_policy_again(stack: Stack) -> None:
+    result = stack.sapo("replay", str(stack.directory), "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["bit_exact"], report
+    assert report["step"] == STEPS
+    assert report["checkpoints"][-1] == STEPS
+    published = {line["step"] for line in stack.lines("policy")} - {0}
+    assert set(report["published"]) == published
+    assert len(published) > STEPS / 2, "the control plane may have been down for one or the other"
+
+
 def test_I4_behaviour_logprobs_equal_a_recomputation_from_the_stored_snapshots(stack: Stack) -> None:
     summary = stack.summary
     assert summary["engine_logprob_probes"] >= 5
@@ -153,7 +166,7 @@ def test_memory_on_disk_is_bounded_by_configuration(stack: Stack) -> None:
     config = run_config(stack.directory)
     manifests = list((stack.directory / "snapshots" / "manifests").glob("*.json"))
     assert len(manifests) <= config.snapshots_kept + 1
-    assert len(list((stack.directory / "checkpoints").iterdir())) <= config.checkpoint.keep
+    assert len(list((stack.directory / "checkpoints").iterdir())) <= config.checkpoint.keep + 1  # and the base policy
     assert not list((stack.directory / "staging").glob("*.part*"))
 
 
