@@ -21,6 +21,7 @@ from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from protos.sapo.v1 import trajectory_pb2
 from sapo_learner.errors import ConfigError, InvalidTrajectory, Mismatch, SapoError, Unauthenticated, Unavailable
 from sapo_learner.trajectory import SCHEMA_VERSION, TrajectoryGroup
+from services.ingest.own_acks import OwnAcks
 from services.runstore import Refusal, RunStore
 from services.runtime import api
 from services.runtime.grpc_errors import abort
@@ -60,6 +61,7 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
         # What the run says of itself; read again when a group names a version that is not among them.
         self._versions: dict[int, int] = {}
         self._facts: dict[str, str] = {}
+        self._acks = OwnAcks()
 
     async def StreamTrajectoryGroups(
         self,
@@ -149,13 +151,22 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
             self._note_refusal(ack, error, await self._store.refuse(worker, message.draw, message.attempt))
             return
         payload = message.SerializeToString(deterministic=True)
-        limits = self._config.ingest
+        limits, before = self._config.ingest, self._acks.now()
         result = await self._store.append(
             group.draw, group.attempt, payload, max_entries=limits.max_entries, max_bytes=limits.max_bytes
         )
         ack.status, ack.entry_id, ack.reason = _STATUS[result.status], result.id, _reason(ack, result.status)
         if result.status == "OK":
             self._metrics.bytes.inc(len(payload))
+            self._note_forgotten(self._acks.note(before, result.sequence), result.id)
+
+    def _note_forgotten(self, count: int, entry_id: str) -> None:
+        if count:
+            self._metrics.forgotten.inc(count)
+            log.error(
+                "Redis has forgotten %d groups that were acknowledged: the log goes on with entry %s; their draws are "
+                "sampled anew (appendfsync always would have kept them)", count, entry_id,
+            )  # fmt: skip
 
     def _note_refusal(self, ack: pb.Ack, error: InvalidTrajectory, refusal: Refusal) -> None:
         """What is settled is settled: a version may have been forgotten since the group was accepted."""

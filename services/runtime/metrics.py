@@ -60,6 +60,9 @@ class IngestMetrics(_Metrics):
         self.acks = self._counter("sapo_ingest_acks", "Groups answered, by status", ("status",))
         self.bytes = self._counter("sapo_ingest_accepted_bytes", "Bytes of accepted groups")
         self.streams = self._gauge("sapo_ingest_streams", "Open worker streams")
+        self.forgotten = self._counter(
+            "sapo_ingest_forgotten_groups", "Acknowledged groups that Redis has lost since, as this replica found out"
+        )
         self.seconds = self._histogram(
             "sapo_ingest_group_seconds", "Time from a group's arrival to its ack", _RPC_SECONDS
         )
