@@ -6,9 +6,10 @@ SEED   ?= 0
 KILLS  ?= 200
 MODE   ?= all
 FSYNC  ?= always
+MINUTES ?= 5
 TORCH  ?= torch==2.13.0
 
-.PHONY: help install demo test chaos lint format protos clean
+.PHONY: help install demo test chaos overload lint format protos clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +32,9 @@ test: install  ## run the tests
 
 chaos: install  ## hundreds of faults, about an hour (KILLS=n, MODE=all|kills|faults|short, FSYNC=always|everysec)
 	$(BIN)/python -m benchmarks.chaos --seed $(SEED) --kills $(KILLS) --mode $(MODE) --fsync $(FSYNC)
+
+overload: install  ## workers ten times faster than the learner, about ten minutes (MINUTES=n)
+	$(BIN)/python -m benchmarks.overload --minutes $(MINUTES)
 
 lint: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ async with control_plane(config, redis_url) as running:
 """
 
 import hashlib
+import socket
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -34,6 +35,13 @@ from services.runtime.settings import RunConfig
 
 TOKEN = "the-run's-token"
 VOCABULARY = 20
+
+
+def free_address() -> str:
+    """HOST:PORT that nobody listens on now."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{holder.getsockname()[1]}"
 
 
 def run_config(directory: Path, **settings: dict[str, Any]) -> RunConfig:

@@ -32,7 +32,7 @@ from services.tasks import build
 # more it takes longer, so that waiting costs Redis the same.
 POLL_SECONDS, WAITERS = 0.1, 8
 WATCH_SECONDS = 2.0
-HOLD_SECONDS = 15.0  # below every client's time limit
+HOLD_SECONDS = 5.0  # below every client's time limit
 
 
 async def _never() -> bool:

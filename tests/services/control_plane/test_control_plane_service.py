@@ -18,13 +18,7 @@ from services.runtime.client import ControlPlaneClient
 from services.runtime.http import _bind, parse_address
 from services.runtime.lifecycle import Lifecycle, first_cause
 from services.runtime.settings import Environment, RunConfig, load_config
-from tests.small_run import TOKEN, Learner, Running, answer, control_plane, lease_request, run_config
-
-
-def free_address() -> str:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{holder.getsockname()[1]}"
+from tests.small_run import TOKEN, Learner, Running, answer, control_plane, free_address, lease_request, run_config
 
 
 class Process:

@@ -1,0 +1,111 @@
+"""Runs at the edge of what is usual flow and end, and their books balance: the whole system in this process."""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sapo_learner.archive import Archive
+from sapo_learner.control import GROUP
+from sapo_learner.policy import tiny_policy, write_policy
+from sapo_learner.trajectory import TrajectoryGroup
+from services.replay import replay
+from services.rollout.engines.torch_engine import TorchEngine
+from services.run_directory import audit_run
+from services.runstore import EmbeddedRedis
+from services.runtime.settings import RunConfig
+from services.wire import decode
+from tests.recorded import ALPHABET
+from tests.small_run import run_config
+from tests.system import system
+
+pytestmark = [pytest.mark.timeout(120)]
+
+
+def jsonl_run(directory: Path, prompts: int, answer: str, **sections: dict[str, Any]) -> RunConfig:
+    """Prompts of the tiny policy's alphabet, all with one answer; everything is trained on, two are held out."""
+    model, problems, held_out = directory / "model-in", directory / "problems.jsonl", directory / "held-out.jsonl"
+    directory.mkdir(exist_ok=True)
+    write_policy(tiny_policy(ALPHABET, seed=0), model)
+    lines = [json.dumps({"prompt": f"{number}+1=", "answer": answer}) for number in range(prompts)]
+    problems.write_text("\n".join(lines))
+    held_out.write_text("\n".join(lines[:2]))
+    config = run_config(directory / "run", policy={"source": str(model)}, **sections)
+    task = {"name": "jsonl", "path": str(problems), "held_out_path": str(held_out), "match": "regex", "pattern": "(.)"}
+    return RunConfig.model_validate(config.model_dump() | {"task": task})
+
+
+def groups_of(config: RunConfig) -> list[TrajectoryGroup]:
+    entries = Archive(config.run.directory / "archive", None).entries()
+    return [decode(entry.payload) for entry in entries if entry.kind == GROUP]
+
+
+async def finish(config: RunConfig, redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """Run to the end, audit, replay; the learner's ledger."""
+    monkeypatch.setenv("SAPO_REDIS_URL", redis.url)
+    async with system(config, redis.url, **options) as running:
+        status = await running.finished()
+    report = await audit_run(config.run.directory)
+    assert report.balanced, report.problems
+    assert report.backlog == report.open == 0
+    assert replay(config.run.directory).step == config.training.steps
+    return status["learner"]["ledger"]
+
+
+async def test_prompts_that_are_no_multiple_of_the_batch(
+    tmp_path: Path, redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = jsonl_run(tmp_path, 5, "1", training={"steps": 4, "groups_per_step": 3})
+    await finish(config, redis, monkeypatch, workers=2)
+    times = Counter(group.prompt_id for group in groups_of(config))
+    assert sorted(times.values()) == [2, 2, 2, 3, 3], "12 draws are two whole epochs of 5, and 2 of the third"
+
+
+async def test_no_signal_at_all_under_synchronous_training(
+    tmp_path: Path, redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = jsonl_run(
+        tmp_path, 4, "never", training={"steps": 5, "groups_per_step": 2, "max_policy_age": 0}
+    )  # fmt: skip
+    ledger = await finish(config, redis, monkeypatch)
+    assert ledger["degenerate"] == 10
+    assert all(group.oldest_step == index // 2 for index, group in enumerate(groups_of(config)))
+
+
+async def test_one_response_that_takes_20_steps(
+    tmp_path: Path, redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker samples a token per optimizer step, the other one as fast as it can. The slow groups are trained on
+    when they come, every token under the version it was sampled with."""
+    config = jsonl_run(
+        tmp_path, 8, "1",
+        training={"steps": 26, "groups_per_step": 2, "max_policy_age": 21}, pacing={"lookahead": 1},
+        sampling={"group_size": 2, "max_tokens": 20}, evaluation={"every": 1000, "samples": 1, "boundary_samples": 1},
+        engine={"slots": 2},  # one group at a time
+    )  # fmt: skip
+    decode_step, tokens = TorchEngine._decode, Counter[TorchEngine]()
+
+    def unhurried(self: TorchEngine) -> None:
+        if not tokens:
+            self._decoder._end_ids = torch.tensor([], dtype=torch.int64)  # nothing ends its responses early
+        slow, step = not tokens or self in tokens, self._decoder.version.step
+        if slow and 1 <= step <= 21:  # not while the first and the last policy are evaluated
+            if step <= tokens[self]:
+                time.sleep(0.001)
+                return
+            tokens[self] = step
+        decode_step(self)
+
+    monkeypatch.setattr(TorchEngine, "_decode", unhurried)
+    ledger = await finish(config, redis, monkeypatch, workers=2)
+    assert ledger["stale"] == 0
+    groups = list(enumerate(groups_of(config)))
+    slowest = max(groups, key=lambda each: len({span.version for t in each[1].trajectories for span in t.spans}))
+    step, versions = slowest[0] // 2, {span.step for t in slowest[1].trajectories for span in t.spans}
+    assert len(versions) >= 15, "it was sampled under one version after the other"
+    assert step - min(versions) >= 15
+    assert all(index // 2 - group.oldest_step <= 21 for index, group in groups)
