@@ -84,7 +84,7 @@ def replay(
         because = _difference(environment(), loaded.state.environment)
         report = Replayed(config.run.name, start, start, bit_exact=not because, because=because)
         truth = _Truth(directory, config, report)
-        log = _Recorded(directory / "archive")
+        log = ArchivedLog(directory / "archive")
         last = config.training.steps if until is None else until
         for step in _up_to(
             until, learner, train(learner, log, position, decode=decode, skips=skips.read(directory / "archive"))
@@ -182,8 +182,8 @@ def _differs(step: int, how: str) -> Mismatch:
     return Mismatch(f"the replay differs from the run: {how}", where=f"step {step}", fix=fix)
 
 
-class _Recorded:
-    """The archive as a log that is all there."""
+class ArchivedLog:
+    """The archive as a log that is all there; asked for more than it holds, it says stop."""
 
     def __init__(self, directory: Path) -> None:
         self._archive = Archive(directory, None)

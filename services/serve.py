@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sapo_learner.errors import ConfigError
 from services.runtime import lifecycle
 from services.runtime.logging import configure
 from services.runtime.settings import Environment, load_config
@@ -95,7 +96,12 @@ def serve_rollout(
       sapo serve rollout --name rollout-7
     """
     from services.rollout.service import serve
+    from services.runtime.api import check_worker_name
 
+    try:
+        check_worker_name(name)
+    except ValueError as error:
+        raise ConfigError(str(error), where="--name", fix="for example rollout-0") from None
     _serve(name, lambda life: serve(life, Environment(), name=name, http_listen=http_listen))
 
 

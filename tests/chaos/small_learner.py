@@ -140,9 +140,9 @@ class SmallLearner:
         await self.publish()
 
     async def read(self) -> None:
-        """Redis -> archive, until nothing is unread. A look at an empty log is what finds Redis lost."""
+        """Redis -> archive, all there is. A look at an empty log is what finds Redis lost."""
         await self.reader.read(0)
-        while (await self.store.state()).unread_entries:
+        while self.archive.head.sequence < (await self.store.state()).sequence:
             await self.reader.read(0)
 
     def train(self, steps: int = 0) -> None:

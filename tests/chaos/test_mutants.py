@@ -6,30 +6,17 @@ that the rule is for.
 """
 
 import asyncio
-import os
-import re
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import pytest
 import pytest_asyncio
 import torch
 
-from sapo_learner import checkpoint, segment
-from sapo_learner.archive import Archive
-from sapo_learner.entry import GENESIS, Head
-from sapo_learner.errors import Fenced, SapoError
-from sapo_learner.ledger import Ledger
-from sapo_learner.train import Position
-from services.learner import session
-from services.learner.reader import Reader
-from services.runstore import EmbeddedRedis, connection
-from tests.chaos.small_learner import POINTS, Killed, Point, SmallLearner
+from sapo_learner.errors import SapoError
+from services.runstore import EmbeddedRedis
+from tests.chaos.small_learner import POINTS, Killed, Point
 from tests.chaos.small_machine import SmallMachine, small_config
 from tests.chaos.small_verdict import examine
 
@@ -61,7 +48,7 @@ async def machine(tmp_path: Path, redis: EmbeddedRedis) -> AsyncIterator[SmallMa
 
 async def judged(scenario: Scenario, machine: SmallMachine) -> list[str]:
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(20):
             await scenario(machine)
             await machine.finish()
     except (SapoError, TimeoutError) as error:

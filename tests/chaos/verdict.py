@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from sapo_learner.ledger import Ledger
 from sapo_learner.policy import load_policy
 from sapo_learner.snapshot import weights_digest
 from sapo_learner.train import Position, train
+from services.replay import ArchivedLog
 from services.run_directory import audit_run, run_config
 from services.wire import decode
 from tests.chaos.harness import ChaosRun
@@ -117,23 +117,9 @@ def _replayed(directory: Path, begun_with: LearnerSettings, base: Path) -> _Repl
     position = Position()
     with _as_in_the_run(config.training.threads):
         learner = Learner(load_policy(policy), begun_with, temperature=config.sampling.temperature)
-        for _ in train(learner, _Recorded(directory / "archive"), position, decode=decode):
+        for _ in train(learner, ArchivedLog(directory / "archive"), position, decode=decode):
             pass
         return _Replay(weights_digest(learner.policy.tensors()), position.chain, position.ledger)
-
-
-class _Recorded:
-    """The archive as a log that is all there; asked for more than it holds, it says stop."""
-
-    def __init__(self, directory: Path) -> None:
-        self._archive = Archive(directory, None)
-
-    def next(self, after: int, count: int) -> list[Entry] | None:
-        entries = self._archive.read(after, count)
-        return entries if len(entries) == count else None
-
-    def controls(self, after: int) -> list[Entry]:
-        return list(takewhile(lambda entry: entry.kind != GROUP, self._archive.entries(after)))
 
 
 @contextmanager

@@ -1,19 +1,19 @@
 """What must be true of a run that was interrupted once and lost every one of its processes to kill -9."""
 
 import json
-from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
 
 from sapo_learner import checkpoint
-from sapo_learner.archive import Archive, Entry
+from sapo_learner.archive import Archive
 from sapo_learner.control import GROUP, decode_settings
 from sapo_learner.learner import Learner
 from sapo_learner.policy import load_policy
 from sapo_learner.snapshot import weights_digest
 from sapo_learner.train import Position, train
+from services.replay import ArchivedLog
 from services.run_directory import run_config
 from services.wire import decode
 from tests.end_to_end.conftest import GROUP_SIZE, GROUPS_PER_STEP, MAX_POLICY_AGE, SETTINGS, STEPS, Stack
@@ -67,19 +67,6 @@ def test_I2_every_draw_is_in_the_log_exactly_once(stack: Stack) -> None:
         assert len(group.trajectories) == GROUP_SIZE
 
 
-class _Recorded:
-    """The archive as a log that is all there."""
-
-    def __init__(self, directory: Path) -> None:
-        self._archive = Archive(directory, None)
-
-    def next(self, after: int, count: int) -> list[Entry] | None:
-        return self._archive.read(after, count)
-
-    def controls(self, after: int) -> list[Entry]:
-        return list(takewhile(lambda entry: entry.kind != GROUP, self._archive.entries(after)))
-
-
 def test_I3_the_same_log_gives_the_same_weights_without_any_service(stack: Stack) -> None:
     """Replay the archive from the base policy, in this process, uninterrupted: bit for bit what the run ended with."""
     config = run_config(stack.directory)
@@ -93,7 +80,7 @@ def test_I3_the_same_log_gives_the_same_weights_without_any_service(stack: Stack
     torch.use_deterministic_algorithms(True)
     try:
         learner = Learner(load_policy(base), begun_with, temperature=config.sampling.temperature)
-        reports = list(train(learner, _Recorded(stack.directory / "archive"), Position(), decode=decode))
+        reports = list(train(learner, ArchivedLog(stack.directory / "archive"), Position(), decode=decode))
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
