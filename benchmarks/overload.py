@@ -18,9 +18,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from tests.end_to_end.conftest import SETTINGS
 
 GROUPS_PER_STEP, GROUP_SIZE, MAX_POLICY_AGE = 16, 8, 4
 SAMPLE_SECONDS = 5.0
+STOPPED_SHARE = 0.6  # of every second, by SIGSTOP, so that the ratio holds on an idle machine, too
+REST_SECONDS = 5.0  # without anything to do, before sampling has come to rest
 FREE_SECONDS = 20.0  # of sampling that nothing holds back
 START_SECONDS, QUIET_SECONDS, STOP_SECONDS = 300.0, 60.0, 90.0
 DISK = ("archive", "snapshots", "checkpoints", "logs", "redis", "record.jsonl")
@@ -58,6 +61,7 @@ SETTINGS_HERE: dict[str, Any] = {key: value for key, value in SETTINGS.items() i
     "optimizer.learning_rate": 1e-4,
     # What makes the learner slow: a forward and a backward pass for each response by itself.
     "training.microbatch_tokens": 1,
+    "engine.slots": 512,
     "checkpoint.every": 5,
     "evaluation.every": 1 << 30,
     "evaluation.samples": 1,
@@ -108,7 +112,7 @@ class Run:
     def learner_step(self) -> int:
         return int(self.metrics("learner").get("sapo_learner_step", 0))
 
-    def until(self, what: str, condition: Any, seconds: float) -> None:
+    def until(self, what: str, condition: Callable[[], bool], seconds: float) -> None:
         """Poll `condition` until it is true; RuntimeError when the run ends or takes too long."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -180,19 +184,41 @@ def _bytes(path: Path) -> int:
     return total
 
 
+@contextmanager
+def slowed(pid: int) -> Iterator[None]:
+    """Stop the process for a part of every second. It runs again when the block ends."""
+    over = threading.Event()
+
+    def alternate() -> None:
+        with suppress(ProcessLookupError):  # restarted, which the report says
+            while not over.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                over.wait(STOPPED_SHARE)
+                os.kill(pid, signal.SIGCONT)
+                over.wait(1 - STOPPED_SHARE)
+
+    thread = threading.Thread(target=alternate, name="slowed")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def overload(directory: Path, minutes: float, findings: Findings) -> None:
     """The measured run; fills in what was seen of it while it lasted."""
     with running(directory) as run:
-        deadline = time.monotonic() + 60 * minutes
-        while time.monotonic() < deadline:
-            findings.samples.append(sample := look(run))
-            print(sample.line, flush=True)
-            time.sleep(max(0.0, min(SAMPLE_SECONDS, deadline - time.monotonic())))
-        findings.samples.append(look(run))
-        learner = run.pid("learner")
+        learner, deadline = run.pid("learner"), time.monotonic() + 60 * minutes
+        with slowed(learner):
+            while time.monotonic() < deadline:
+                findings.samples.append(sample := look(run))
+                print(sample.line, flush=True)
+                time.sleep(max(0.0, min(SAMPLE_SECONDS, deadline - time.monotonic())))
+            findings.samples.append(look(run))
         os.kill(learner, signal.SIGSTOP)
         try:
-            run.until("end of all sampling", lambda: _quiet(run), QUIET_SECONDS)
+            run.until("end of all sampling", _at_rest(run), QUIET_SECONDS)
             findings.workers, findings.ingest = run.of_workers(), run.metrics("ingest")
             findings.granted = run.metrics("control-plane")["sapo_leases_granted_total"]
         finally:
@@ -200,10 +226,21 @@ def overload(directory: Path, minutes: float, findings: Findings) -> None:
         run.until("empty stream", lambda: asyncio.run(run.state()).unread_entries == 0, QUIET_SECONDS)
 
 
-def _quiet(run: Run) -> bool:
-    """Whether no draw is open: every group that was begun has its ack."""
-    state = asyncio.run(run.state())
-    return not state.leases and not state.reoffered
+def _at_rest(run: Run) -> Callable[[], bool]:
+    """Whether for a while no draw has been open and none accepted: every group that was begun has its ack.
+
+    For a while, because the last policy may just have been published: pacing then lets some more groups through.
+    """
+    since, accepted = time.monotonic(), -1
+
+    def at_rest() -> bool:
+        nonlocal since, accepted
+        state = asyncio.run(run.state())
+        if state.leases or state.reoffered or state.sequence != accepted:
+            since, accepted = time.monotonic(), state.sequence
+        return time.monotonic() - since >= REST_SECONDS
+
+    return at_rest
 
 
 def audit(directory: Path, findings: Findings) -> None:
@@ -238,9 +275,7 @@ def main() -> int:
     minutes = parser.parse_args().minutes
     os.environ.pop("SAPO_REDIS_URL", None)
     os.environ["SAPO_TOKEN"] = secrets.token_urlsafe(24)
-    findings = Findings(
-        minutes=minutes, max_policy_age=MAX_POLICY_AGE, group_size=GROUP_SIZE, groups_per_step=GROUPS_PER_STEP
-    )
+    findings = Findings(minutes, MAX_POLICY_AGE, GROUP_SIZE, GROUPS_PER_STEP, STOPPED_SHARE)
     with tempfile.TemporaryDirectory(prefix="sapo-overload-") as scratch:
         os.environ["SAPO_CACHE_DIR"] = f"{scratch}/cache"  # both runs begin with the same policy
         print("how fast the workers sample when nothing holds them back", flush=True)

@@ -21,14 +21,16 @@ HEADER = """\
 
     {command}
 
-{date}, {machine}; the machine's load meanwhile: {load}. A whole `sapo up` with two workers; each
-optimizer step takes {step_groups} groups of {group_size} responses, and pacing lets sampling run as far ahead as
-`max_policy_age` = {max_age} allows. The learner is slow because it works on one response at a time
-(`training.microbatch_tokens: 1`); nothing is stopped or throttled from outside.
+{date}, {machine}; the machine's load meanwhile, others' work included: {load}.
 
-When pacing holds nobody back, the workers sample {free:,.0f} tokens/s beside a learner that trains. In the measured
-{minutes:g} minutes the learner consumed {trained:,.0f} tokens/s (trained or without signal): the workers are
-**{ratio:.1f} times** faster. They sampled {accepted} groups, the learner did {steps} steps.
+A whole `sapo up` with two workers. Each optimizer step takes {step_groups} groups of {group_size} responses, and
+pacing lets sampling run as far ahead as `max_policy_age` = {max_age} allows. The learner is slow because it works on
+one response at a time (`training.microbatch_tokens: 1`) and is stopped (SIGSTOP) for {stopped:.0%} of every second.
+
+When pacing holds nobody back, the workers sample {free:,.0f} tokens/s beside a learner that trains and
+is not stopped. In the measured
+{minutes:g} minutes the learner consumed {trained:,.0f} tokens/s (trained, or without signal): the workers are
+**{ratio:.1f} times** as fast. They sampled {accepted} groups, the learner did {steps} steps.
 """
 GROWTH = """
 ## Memory and disk
@@ -75,6 +77,7 @@ class Findings:
     max_policy_age: int
     group_size: int
     groups_per_step: int
+    stopped_share: float
     free_rate: float = 0.0
     samples: list[Sample] = field(default_factory=list)
     workers: dict[str, float] = field(default_factory=dict)
@@ -128,40 +131,31 @@ class _Series:
 
 
 def all_series(samples: Sequence[Sample]) -> list[_Series]:
-    series = [
-        _Series(f"RSS of {name}, MiB", lambda each, name=name: each.rss[name], True, MIB)  # type: ignore[misc]
-        for name in samples[0].rss
+    def of(fields: str, key: str) -> Callable[[Sample], float]:
+        return lambda each: float(getattr(each, fields)[key])
+
+    disk = samples[0].disk
+    return [
+        *(_Series(f"RSS of {name}, MiB", of("rss", name), True, MIB) for name in samples[0].rss),
+        _Series("Redis used_memory, KiB", lambda each: each.redis_used, True, KIB),
+        *(_Series(f"disk: {name}, KiB", of("disk", name), name in ("snapshots", "checkpoints"), KIB) for name in disk),
+        _Series("stream length, groups", lambda each: each.unread, False),
+        _Series("open leases", lambda each: each.open_leases, False),
     ]
-    series.append(_Series("Redis used_memory, KiB", lambda each: each.redis_used, True, KIB))
-    for name in samples[0].disk:
-        bounded = name in ("snapshots", "checkpoints")
-        value = lambda each, name=name: each.disk[name]  # noqa: E731
-        series.append(_Series(f"disk: {name}, KiB", value, bounded, KIB))
-    for what, field_name in (("stream length, groups", "unread"), ("open leases", "open_leases")):
-        series.append(_Series(what, lambda each, name=field_name: getattr(each, name), False))  # type: ignore[misc]
-    return series
 
 
 def bars(findings: Findings) -> list[tuple[str, bool, str]]:
     """Each bar: what it says, whether it is met, with which figures."""
     samples, ledger = findings.samples, findings.ledger
     growing = [each.name for each in all_series(samples) if each.must_be_flat and each.growth(samples) > FLAT]
-    acks = {
-        key.split(" ")[1]: value for key, value in findings.ingest.items() if key.startswith("sapo_ingest_acks_total ")
-    }
-    final = {
-        key.split(" ")[1]: value
-        for key, value in findings.workers.items()
-        if key.startswith("sapo_rollout_groups_total ")
-    }
+    acks = _by_status(findings.ingest, "sapo_ingest_acks_total")
+    final = _by_status(findings.workers, "sapo_rollout_groups_total")
     groups = len(findings.logged) // findings.group_size
     dropless = set(acks) == set(final) == {"accepted"} and acks["accepted"] == final["accepted"] == groups
     restarted = len({tuple(each.pids.values()) for each in samples}) > 1
     oldest = max(findings.ages)
-    sampled = (
-        int(findings.workers["sapo_rollout_response_tokens_count"]),
-        int(findings.workers["sapo_rollout_response_tokens_sum"]),
-    )
+    responses, tokens = (int(findings.workers[f"sapo_rollout_response_tokens_{each}"]) for each in ("count", "sum"))
+    logged = len(findings.logged), sum(findings.logged)
     return [
         (f"workers at least {RATIO:g} times as fast", findings.ratio >= RATIO, f"{findings.ratio:.1f} times"),
         ("no process was restarted", not restarted, "process ids changed" if restarted else "the same process ids"),
@@ -174,9 +168,8 @@ def bars(findings: Findings) -> list[tuple[str, bool, str]]:
         ("`stale == 0`", ledger["stale"] == 0, f"stale {ledger['stale']}"),
         ("ledger balances", ledger["balanced"], "; ".join(ledger["problems"]) or _counts(
             {key: ledger[key] for key in ("accepted", "trained", "degenerate", "backlog", "open")})),
-        ("the log holds every response that was sampled whole", sampled == (len(findings.logged), sum(findings.logged)),
-         f"{sampled[0]:,} responses with {sampled[1]:,} tokens sampled, {len(findings.logged):,} with "
-         f"{sum(findings.logged):,} in the log"),
+        ("every response that was sampled whole is in the log", (responses, tokens) == logged,
+         f"{responses:,} with {tokens:,} tokens sampled, {logged[0]:,} with {logged[1]:,} in the log"),
         ("trained responses are as long as sampled ones", *_unbiased(findings)),
     ]  # fmt: skip
 
@@ -193,6 +186,11 @@ def _unbiased(findings: Findings) -> tuple[bool, str]:
     return findings.recorded == (len(taken), sum(taken)) and len(newest) <= ahead, said
 
 
+def _by_status(metrics: dict[str, float], name: str) -> dict[str, float]:
+    """The values of one metric by its only label."""
+    return {key.removeprefix(f"{name} "): value for key, value in metrics.items() if key.startswith(f"{name} ")}
+
+
 def _counts(counts: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.0f}" for name, value in counts.items()) or "none"
 
@@ -204,7 +202,8 @@ def write_report(findings: Findings) -> bool:
     text = HEADER.format(
         command=f"make overload MINUTES={findings.minutes:g}", date=datetime.now(UTC).date(), machine=_machine(),
         load=f"{min(loads):.1f} to {max(loads):.1f}", step_groups=findings.groups_per_step,
-        group_size=findings.group_size, max_age=findings.max_policy_age, free=findings.free_rate,
+        group_size=findings.group_size,
+        stopped=findings.stopped_share, max_age=findings.max_policy_age, free=findings.free_rate,
         minutes=findings.minutes, trained=findings.trained_rate, ratio=findings.ratio,
         accepted=findings.ledger["accepted"], steps=samples[-1].step,
     )  # fmt: skip
@@ -216,7 +215,9 @@ def write_report(findings: Findings) -> bool:
     )
     text += "".join(f"| {bar} | {'yes' if ok else '**NO**'} | {figures} |\n" for bar, ok, figures in judged)
     text += GROWTH + "".join(each.row(samples) for each in all_series(samples))
-    text += "\nArchive, logs, Redis' own file and the record grow with the run; the archive and the record by design.\n"
+    text += (
+        "\nThe archive and the record grow with the run by design. Redis rewrites its file when that reaches 64 MiB.\n"
+    )
     RESULTS.write_text(text)
     print(text)
     return met

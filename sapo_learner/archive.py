@@ -14,6 +14,7 @@ Whole segments may be deleted from the front (`prune`); `pruned.json` then says 
 """
 
 import contextlib
+import os
 import threading
 from array import array
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ from sapo_learner.entry import GENESIS, Entry, Head, check_follows, link
 from sapo_learner.errors import Corrupt, Fenced
 from sapo_learner.held import FORMAT, Held, Segment, gone
 from sapo_learner.pruned import Pruned
-from sapo_learner.segment import Name, Writer, names
+from sapo_learner.segment import Name, Writer, fsync, names
 
 __all__ = ["FORMAT", "GENESIS", "Archive", "Entry", "Head", "Segment", "link", "newest_token"]
 
@@ -180,6 +181,18 @@ class Archive:
                 with self._changed:
                     self._held.forget(after)
             return self._delete_before(self.pruned.first)
+
+    def claim_generation(self) -> int:
+        """A generation of the log that was never begun before; durable on return."""
+        path = self.directory / "generation"
+        last = int(path.read_text()) if path.exists() else 0
+        generation = max(last, self.head.generation) + 1
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(str(generation))
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(self.directory)
+        return generation
 
     def close(self) -> None:
         with self._writing, self._changed:

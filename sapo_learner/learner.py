@@ -230,6 +230,6 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.learning_rate
-    progress = (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps))
     remaining = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return settings.learning_rate * (settings.final_fraction + (1 - settings.final_fraction) * remaining)

@@ -31,8 +31,9 @@ class Log(Protocol):
     def next(self, after: int, count: int) -> list[Entry] | None:
         """Exactly `count` entries after sequence `after`, waiting for them; None when asked to stop."""
 
-    def controls(self, after: int) -> list[Entry]:
-        """The entries right after `after` that are no groups, as far as they are there already; never waits."""
+    def controls(self, after: int, *, anywhere: bool = False) -> list[Entry]:
+        """The entries right after `after` (anywhere: at any distance) that are no groups, as far as they are there
+        already; never waits."""
 
 
 @dataclass
@@ -84,9 +85,9 @@ def train(
     skips: ids of entries that are left out; they count towards their step.
     """
     while True:
-        _obey(learner, position, log.controls(position.cursor))  # they may prolong a run that was complete
+        _obey(learner, position, log.controls(position.cursor))
         settings = learner.settings
-        if learner.step_count >= settings.training.steps:
+        if learner.step_count >= settings.training.steps and not _prolonged(learner, log, position):
             return
         entries = _take(log, position.cursor, settings.training.groups_per_step)
         if entries is None:
@@ -114,6 +115,12 @@ def train(
             advantages=advantages,
             invalid=invalid,
         )
+
+
+def _prolonged(learner: Learner, log: Log, position: Position) -> bool:
+    """Whether a run that was complete goes on: groups may have been accepted before the entry that says so."""
+    ahead = log.controls(position.cursor, anywhere=True)
+    return any(decode_settings(entry).training.steps > learner.step_count for entry in ahead)
 
 
 def _take(log: Log, after: int, groups: int) -> list[Entry] | None:

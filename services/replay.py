@@ -192,5 +192,8 @@ class ArchivedLog:
         entries = self._archive.read(after, count)
         return entries if len(entries) == count else None
 
-    def controls(self, after: int) -> list[Entry]:
-        return list(takewhile(lambda entry: entry.kind != GROUP, self._archive.entries(after)))
+    def controls(self, after: int, *, anywhere: bool = False) -> list[Entry]:
+        entries = self._archive.entries(after)
+        if anywhere:
+            return [entry for entry in entries if entry.kind != GROUP]
+        return list(takewhile(lambda entry: entry.kind != GROUP, entries))

@@ -153,5 +153,8 @@ class RecordedLog:
         found = self.entries[after : after + count]
         return found if len(found) == count else None
 
-    def controls(self, after: int) -> list[Entry]:
-        return list(takewhile(lambda entry: entry.kind != "group", self.entries[after:]))
+    def controls(self, after: int, *, anywhere: bool = False) -> list[Entry]:
+        entries = self.entries[after:]
+        if anywhere:
+            return [entry for entry in entries if entry.kind != "group"]
+        return list(takewhile(lambda entry: entry.kind != "group", entries))

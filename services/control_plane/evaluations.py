@@ -124,7 +124,9 @@ class Evaluations:
         if evaluation is None or evaluation.version != result.version:
             return None
         problems = len(self._part(result.chunk))
-        if (len(result.correct), result.samples) != (problems, problems * evaluation.samples) or not problems:
+        counts = all(0 <= correct <= evaluation.samples for correct in result.correct)
+        expected = (problems, problems * evaluation.samples)
+        if not (problems and counts) or (len(result.correct), result.samples) != expected:
             raise Mismatch("not the result of that chunk", where=f"{result.evaluation}, chunk {result.chunk}")
         if not evaluation.chunks[result.chunk].done:
             evaluation.chunks[result.chunk] = Chunk(

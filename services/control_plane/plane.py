@@ -82,6 +82,7 @@ class ControlPlane:
 
     async def watch(self, lifecycle: Lifecycle) -> None:
         """Until the process stops: sweep expired leases, mend a lost Redis, observe. Raises Fenced by a newer one."""
+        redis = lifecycle.peer("Redis")
         while not lifecycle.stopping.is_set():
             try:
                 await self._store.grant(self._token, "", 0, 0, self._pacing)
@@ -90,9 +91,9 @@ class ControlPlane:
                     await self._save_learner_report()
                     self._notify()
                 self._metrics.observe(await self.status())
-                lifecycle.ready("redis")
+                redis(None)
             except Unavailable as error:
-                lifecycle.wait_for("redis", str(error))
+                redis(str(error))
             await lifecycle.sleep(WATCH_SECONDS)
 
     # ---- leases

@@ -30,9 +30,9 @@ class Record:
             self._remember(line)
         self._torn = not _ends_with_newline(path)
 
-    def add(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def add(self, kind: str, /, **fields: Any) -> dict[str, Any]:
         """Never fails for the disk's sake."""
-        line = {"kind": kind, "time": time.time(), **fields}
+        line = {**fields, "kind": kind, "time": time.time()}
         self._waiting.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
         self._flush()
         self._remember(line)

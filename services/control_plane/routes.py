@@ -6,7 +6,6 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from starlette.requests import ClientDisconnect
 
 from services.control_plane.plane import ControlPlane
 from services.runtime import api
@@ -85,10 +84,7 @@ def _snapshots(router: APIRouter, plane: ControlPlane) -> None:
 
     @router.put("/blobs/{sha256}", status_code=201)
     async def upload(sha256: str, request: Request) -> Response:
-        try:
-            await plane.policies.blobs.put(sha256, request.stream())
-        except ClientDisconnect:
-            return Response(status_code=400)  # which nobody reads
+        await plane.policies.blobs.put(sha256, request.stream())
         return JSONResponse({}, status_code=201)
 
     @router.api_route("/blobs/{sha256}", methods=["GET", "HEAD"])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -37,6 +38,7 @@ async def serve(lifecycle: Lifecycle, config: RunConfig, environment: Environmen
         store = await closed_last.enter_async_context(
             await RunStore.connect(redis_url, config.run.name, patience=patience, waiting=waiting)
         )
+        await store.claim(_identity(directory))
         plane = ControlPlane(config, store, await _take_over(store, directory), metrics)
         save_config(config)
         await plane.open()
@@ -61,6 +63,14 @@ def _starting_app(lifecycle: Lifecycle, registry: CollectorRegistry, token: str)
         raise Unavailable(f"not ready: {waiting}", where="control plane", fix="try again")
 
     return app
+
+
+def _identity(directory: Path) -> str:
+    """Two runs may have one name; they do not have one directory."""
+    path = directory / "run.id"
+    if not path.exists():
+        _replace(path, secrets.token_hex(8))
+    return path.read_text()
 
 
 async def _take_over(store: RunStore, directory: Path) -> int:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import takewhile
 
 from sapo_learner.archive import Archive, Entry
@@ -38,6 +39,7 @@ class Reader:
         self._store, self._archive, self._token = store, archive, token
         self._patience, self._waiting = patience, waiting
         self._said = False  # that the disk is full
+        self._trimmed = -1  # up to which sequence Redis was trimmed by us
 
     async def mend(self) -> None:
         """Rebuild the log in Redis if it does not go on from the archive."""
@@ -48,7 +50,10 @@ class Reader:
         if head.sequence or "generation" not in reason:
             log.warning("rebuilding the log in Redis from entry %d of the archive: %s", head.sequence, reason)
         draws = await asyncio.to_thread(lambda: list(self._archive.draws()))
-        await self._store.rebuild(self._token, head, draws, uncounted=self._archive.controls)
+        # Never the same number twice, also when nothing was archived under it: attempts are counted from it.
+        generation = await asyncio.to_thread(self._archive.claim_generation)
+        behind = replace(head, generation=generation - 1)
+        await self._store.rebuild(self._token, behind, draws, uncounted=self._archive.controls)
 
     async def count_controls(self) -> None:
         """Tell pacing how many entries are no groups, and hence count towards no step."""
@@ -69,16 +74,20 @@ class Reader:
                 answered = time.monotonic()
                 self._waiting(None)
 
-    async def catch_up(self, sequence: int) -> None:
-        """Read until the archive holds entry `sequence`."""
-        while self._archive.head.sequence < sequence:
-            await self.read(BLOCK_MS)
+    async def settle(self) -> None:
+        """Read until the archive holds everything that is in the log now."""
+        while True:
+            await self.read(0)
+            state = await self._store.state()
+            if state.generation is not None and self._archive.head.sequence >= state.sequence:
+                return
 
     async def read(self, block_ms: int) -> None:
         """Move what is there; waits up to `block_ms` for something."""
         entries = await self._store.read(self._archive.head.sequence, READ_COUNT, block_ms)
         if not entries:
             await self.mend()
+            await self._trim()  # a learner before us may have died before it did
             return
         try:
             for part in _frames(entries):
@@ -94,8 +103,16 @@ class Reader:
             self._said = True
             await asyncio.sleep(RETRY_SECONDS)
             return
+        await self._trim()
+
+    async def _trim(self) -> None:
+        """Have Redis forget what is archived, unless it has."""
+        head = self._archive.head
+        if head.sequence == self._trimmed:
+            return
         try:
-            await self._store.trim(self._token, self._archive.head)
+            await self._store.trim(self._token, head)
+            self._trimmed = head.sequence
         except Corrupt:  # Redis was set back since these entries were read
             if await self._store.needs_rebuild(self._archive.head) is None:
                 raise
@@ -138,8 +155,11 @@ class ArchiveLog:
             self.waited_seconds += time.monotonic() - started
             self.waiting_for = ""
 
-    def controls(self, after: int) -> list[Entry]:
-        return list(takewhile(lambda entry: entry.kind != GROUP, self._archive.entries(after)))
+    def controls(self, after: int, *, anywhere: bool = False) -> list[Entry]:
+        entries = self._archive.entries(after)
+        if anywhere:
+            return [entry for entry in entries if entry.kind != GROUP]
+        return list(takewhile(lambda entry: entry.kind != GROUP, entries))
 
     def pause(self, seconds: float) -> bool:
         """Let the training thread wait; returns whether it shall stop."""

@@ -105,12 +105,15 @@ class _Service:
 
     async def _record_changes(self, reader: Reader) -> None:
         """Put settings that differ from those in force into the log, as the entry from which they count."""
-        await reader.catch_up((await self._store.state()).sequence)
-        wanted = self._config.learner
-        if await asyncio.to_thread(self._session.settings_ahead) != wanted:
+        wanted, said = self._config.learner, ""
+        while True:  # Redis may be lost meanwhile, before or after it has taken the entry
+            await reader.settle()
+            if await asyncio.to_thread(self._session.settings_ahead) == wanted:
+                break
             result = await self._store.append_control(self._token, CONFIG, encode_settings(wanted))
-            log.info("changed settings are entry %s of the log", result.id)
-            await reader.catch_up(result.sequence)
+            said = result.id
+        if said:
+            log.info("changed settings are entry %s of the log", said)
         await reader.count_controls()
 
     async def _train(self, reader: Reader, publisher: Publisher) -> None:

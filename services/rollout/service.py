@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import logging
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from protos.sapo.v1 import ingest_pb2 as pb
-from sapo_learner.errors import Mismatch, NotFound
+from sapo_learner.errors import ConfigError, Mismatch, NotFound
 from sapo_learner.manifest import Manifest
 from sapo_learner.policy import Policy, load_policy, load_weights
 from sapo_learner.trajectory import SCHEMA_VERSION
@@ -63,12 +64,17 @@ async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, ht
 def _scratch(worker: str) -> Iterator[Path]:
     """A directory for blobs: the same one for a worker that was killed and comes back, so that none is left behind."""
     path = Path(tempfile.gettempdir()) / f"sapo-{hashlib.sha256(worker.encode()).hexdigest()[:16]}"
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(mode=0o700)
-    try:
-        yield path
-    finally:
+    with path.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("a worker of this name runs here", where="--name", fix="choose another name") from None
         shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(mode=0o700)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 async def _first_policy(lifecycle: Lifecycle, store: PolicyStore) -> tuple[Manifest, Policy] | None:

@@ -21,6 +21,10 @@ _REFUSED = (exceptions.AuthenticationError, exceptions.AuthorizationError, excep
 _TRANSIENT = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError)
 
 
+# What a server answers that refuses for now: it lacks replicas or its disk, runs a long script, or is failing over.
+_FOR_NOW = frozenset({"NOREPLICAS", "MISCONF", "BUSY", "LOADING", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "READONLY"})
+
+
 class OutOfMemory(Unavailable):
     """The server reached its maxmemory."""
 
@@ -131,7 +135,7 @@ class Connection:
             waiting(f"Redis at {self.address}: {state.outcome.exception() if state.outcome else ''}")
 
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, _TRANSIENT) and not _refused(error)),
+            retry=tenacity.retry_if_exception(_is_transient),
             wait=tenacity.wait_random_exponential(multiplier=0.02, max=1.0),
             stop=tenacity.stop_after_delay(patience),
             before_sleep=lambda state: waiting(
@@ -153,7 +157,7 @@ class Connection:
         code, _, detail = message.partition(" ")
         if _refused(error):
             return Unauthenticated(message, where=where, fix="check the user and password in SAPO_REDIS_URL")
-        if isinstance(error, _TRANSIENT):
+        if _is_transient(error):
             return Unavailable(
                 f"no answer within {patience:g} s: {message}",
                 where=where,
@@ -184,6 +188,12 @@ async def _uncancelled(action: Awaitable[Any]) -> Any:
     if task and task.cancelling() > before:
         raise asyncio.CancelledError
     return result
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, exceptions.ResponseError) and str(error).partition(" ")[0] in _FOR_NOW:
+        return True
+    return isinstance(error, _TRANSIENT) and not _refused(error)
 
 
 def _refused(error: BaseException) -> bool:

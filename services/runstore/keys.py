@@ -24,6 +24,7 @@ facts           hash    vocabulary size, digests: what every worker must agree o
 documents:NAME  hash    id -> JSON, collections that the control plane owns (evaluation leases, ...)
 workers         hash    worker -> "<seen ms> <report>"
 worker_expiry   zset    worker -> when its report is dropped, ms
+identity        string  which run of this name it is: a random id that also stands in the run's directory
 tokens          hash    role -> token of its newest writer
 """
 

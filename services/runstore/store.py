@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from sapo_learner.errors import Unavailable
+from sapo_learner.errors import ConfigError, Unavailable
 from services.runstore.leases import Leases
 from services.runstore.log import Log
 from services.runstore.registry import Registry
@@ -67,6 +67,18 @@ class RunStore(Log, Leases, Registry):
             # Whoever starts one has perhaps mended what made every group of a draw malformed.
             await self._script("readmit", ["reoffered", "refusals"])
         return token
+
+    async def claim(self, identity: str) -> None:
+        """Say which run of this name we are. Raises ConfigError when the server holds another one's state."""
+        await self._command("SETNX", "identity", identity)
+        found = (await self._command("GET", "identity") or b"").decode()
+        if found != identity:
+            raise ConfigError(
+                f"another run of the name {self.run!r} is kept there ({found}, ours is {identity})",
+                where=f"Redis at {self.address}",
+                fix="choose another run.name; or, if that run is no more, delete its keys there "
+                f"(all that begin with {self._keys('')[0]})",
+            )
 
     async def ping(self, seconds: float) -> None:
         """Raises Unavailable when the server has not answered within so many seconds."""

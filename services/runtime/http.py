@@ -13,7 +13,9 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sapo_learner.errors import ConfigError, NotFound, SapoError, Unauthenticated, Unavailable
 from services.runtime.auth import check_bearer
@@ -22,6 +24,8 @@ from services.runtime.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
+HEAD_SECONDS = 20.0  # for a connection's first request head
+BODY_SECONDS = 60.0  # without another piece of a body
 
 
 def parse_address(address: str, *, where: str) -> tuple[str, int]:
@@ -82,6 +86,10 @@ def _answer_errors(app: FastAPI) -> None:
         kind = NotFound if error.status_code == 404 else SapoError
         return _body(kind(str(error.detail), where=_place(request), fix="the API begins with /v1"), error.status_code)
 
+    @app.exception_handler(ClientDisconnect)
+    async def stopped(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return _body(ConfigError("the body stopped in its middle", where=_place(request), fix="send it again"), 408)
+
     @app.exception_handler(OSError)
     async def disk(request: Request, error: OSError) -> JSONResponse:
         # Unavailable, so that the caller tries again: a full disk slows the run and loses nothing.
@@ -113,7 +121,7 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"].startswith("/v1") else None
-        await (self._app if refusal is None else _body(refusal))(scope, receive, send)
+        await (self._app if refusal is None else _body(refusal))(scope, _unstalled(receive), send)
 
     def _refusal(self, scope: Scope) -> SapoError | None:
         headers = dict(scope["headers"])
@@ -126,6 +134,42 @@ class Door:
         if b"transfer-encoding" in headers or not length.isdigit() or int(length) > MAX_BODY_BYTES:
             return ConfigError(f"bodies state a length of at most {MAX_BODY_BYTES} bytes", where=scope["path"])
         return None
+
+
+def _unstalled(receive: Receive) -> Receive:
+    """As if the client had hung up when it stops in the middle of a body."""
+    whole = False
+
+    async def bounded() -> Message:
+        nonlocal whole
+        if whole:
+            return await receive()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                message = await receive()
+        except TimeoutError:
+            whole = True
+            return {"type": "http.disconnect"}
+        whole = not message.get("more_body", False)
+        return message
+
+    return bounded
+
+
+class _Protocol(H11Protocol):
+    """A connection that has not sent a whole request head after HEAD_SECONDS is closed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_unless_asked)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _close_unless_asked(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -148,7 +192,9 @@ class Front:
 async def serving(app: ASGIApp, address: str) -> AsyncIterator[str]:
     """Serve `app` while the block runs; yields the URL with the port that was really taken."""
     listener = await asyncio.to_thread(_bind, address)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, http=_Protocol, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
+    )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:

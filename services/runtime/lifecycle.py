@@ -5,8 +5,10 @@ takes the process down. This is the one place that catches everything.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -93,6 +95,7 @@ def run(serve: Callable[[Lifecycle], Awaitable[None]]) -> int:
             _end_after(DRAIN_GRACE_SECONDS)
             raise
 
+    _take_all_descriptors()
     try:
         asyncio.run(main())
     except BaseException as error:
@@ -111,6 +114,14 @@ def run(serve: Callable[[Lifecycle], Awaitable[None]]) -> int:
     finally:
         sys.stderr.flush()
     return 0
+
+
+def _take_all_descriptors() -> None:
+    """As many open files as this process may have: connections are files, and the usual soft limit is low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _end_after(seconds: float) -> None:

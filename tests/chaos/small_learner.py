@@ -122,7 +122,7 @@ class SmallLearner:
     async def begin(self, step: int | None = None) -> None:
         """Restores, reads what Redis holds, publishes what it has."""
         self.session = _Session(self._config, self._base, self.archive, self.token)
-        self.session.reach = self._reach  # type: ignore[attr-defined]
+        self.session.reach = self._reach
         self.session.log = _Log(self.archive)
         self.session.restore(step)
         await self.read()

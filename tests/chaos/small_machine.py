@@ -1,7 +1,7 @@
 """A whole run in one process, which stands still between two lines of a script: real Redis, real control plane over
 HTTP, real archive, reader, training session and publisher; only engine and ingest's door are missing.
 
-    async with SmallMachine(config, redis) as machine:
+    async with SmallMachine(config, redis, disk) as machine:
         learner = await machine.start_learner()
         await machine.sample(4)                 four draws leased, made up and appended
         learner.dies_at = "archived"            between the archive's fsync and the trim of Redis
@@ -12,13 +12,16 @@ HTTP, real archive, reader, training session and publisher; only engine and inge
 
 import copy
 import json
+import os
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
+from zlib import crc32
 
+import pytest
 from redis import asyncio as redis_asyncio
 
 from sapo_learner.archive import Archive
@@ -33,14 +36,15 @@ from services.runtime.settings import RunConfig, save_config
 from services.wire import decode, encode
 from tests.chaos.small_learner import SmallLearner
 from tests.recorded import ALPHABET, random_group
-from tests.small_run import Running, control_plane, heartbeat, lease_request
+from tests.small_run import Running, control_plane, heartbeat, lease_request, sha256
 
-STEPS, GROUPS, PROMPTS = 6, 2, 5
-ROUNDS = 40  # of everybody's work, before a run is said to have no end
+STEPS, GROUPS, PROMPTS = 4, 2, 3
+KEEP = ("FULL", "NOT_READY")
+ROUNDS = 20  # of everybody's work, before a run is said to have no end
 
 
-def small_config(directory: Path, name: str, lease_seconds: float = 30.0) -> RunConfig:
-    """Twelve draws of a file of five prompts, none held out; every other step has a checkpoint."""
+def small_config(directory: Path, name: str) -> RunConfig:
+    """Eight draws of a file of three prompts, none held out; every other step has a checkpoint."""
     problems = directory / "problems.jsonl"
     lines = [json.dumps({"prompt": f"{number}+1=", "answer": str(number + 1)}) for number in range(PROMPTS)]
     problems.write_text("\n".join(lines))
@@ -50,7 +54,6 @@ def small_config(directory: Path, name: str, lease_seconds: float = 30.0) -> Run
         "sampling": {"group_size": 4, "max_tokens": 8},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
         "training": {"steps": STEPS, "groups_per_step": GROUPS, "max_policy_age": 4, "threads": 1},
-        "pacing": {"lease_seconds": lease_seconds},
         "checkpoint": {"every": 2},
     }
     return parse(RunConfig, settings, where="test")
@@ -68,6 +71,25 @@ def base_policy() -> Policy:
     return replace(_first_base(), model=copy.deepcopy(_first_base().model))
 
 
+class Disk:
+    """Knows how much of each file has been forced to the disk."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._durable: dict[int, int] = {}
+        fsync = os.fsync
+
+        def noting(descriptor: int) -> None:
+            fsync(descriptor)
+            status = os.fstat(descriptor)
+            self._durable[status.st_ino] = status.st_size
+
+        patch.setattr(os, "fsync", noting)
+
+    def power_cut(self, directory: Path) -> None:
+        for path in directory.glob("segment-*"):
+            os.truncate(path, min(self._durable.get(path.stat().st_ino, 0), path.stat().st_size))
+
+
 @dataclass(frozen=True)
 class Sampled:
     """A group in a worker's hands."""
@@ -79,11 +101,12 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Accepted:
-    """What ingest acknowledged."""
+    """What ingest acknowledged. digest: of the payload; after a Redis was set back, the rest may come again."""
 
     entry_id: str
     draw: int
     attempt: int
+    digest: str
 
 
 class _OneTurn(Lifecycle):
@@ -96,14 +119,15 @@ class SmallMachine:
     """accepted: every acknowledgement. forgiven: those that a Redis which was itself lost took along. seen: (version,
     step, digest) that anybody was told of. problems: what went wrong on the way."""
 
-    def __init__(self, config: RunConfig, redis: EmbeddedRedis) -> None:
-        self.config, self.redis, self.directory = config, redis, config.run.directory
+    def __init__(self, config: RunConfig, redis: EmbeddedRedis, disk: Disk) -> None:
+        self.config, self.redis, self.disk, self.directory = config, redis, disk, config.run.directory
         self.accepted: list[Accepted] = []
         self.forgiven: set[Accepted] = set()
         self.seen: set[tuple[int | None, int, str]] = set()
         self.problems: list[str] = []
         self.held: list[Sampled] = []  # leased by a script, not sent yet
         self.learners: list[SmallLearner] = []
+        self.max_entries = 100
         self._planes = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -120,9 +144,11 @@ class SmallMachine:
 
     # ---- the control plane
 
-    async def start_control_plane(self) -> Running:
+    async def start_control_plane(self, lease_seconds: float = 30.0) -> Running:
         """A newer one; the older ones go on beside it, fenced off."""
-        self.plane = await self._planes.enter_async_context(control_plane(self.config, self.redis.url))
+        pacing = self.config.pacing.model_copy(update={"lease_seconds": lease_seconds})
+        config = self.config.model_copy(update={"pacing": pacing})
+        self.plane = await self._planes.enter_async_context(control_plane(config, self.redis.url))
         return self.plane
 
     async def watch(self) -> None:
@@ -158,18 +184,19 @@ class SmallMachine:
             request = lease_request(worker, count - len(groups), version=current.version, step=current.step)
             if not (draws := (await self.plane.client.lease(request)).draws):
                 break
-            groups += [_sampled(each.draw, each.attempt, current.version, current.step) for each in draws]
+            groups += [_sampled(worker, each.draw, each.attempt, current.version, current.step) for each in draws]
         return groups
 
     async def send(self, groups: list[Sampled]) -> list[str]:
         """What ingest says to each."""
         statuses: list[str] = []
         for group in groups:
-            limits = {"max_entries": 100, "max_bytes": 1 << 30}
-            result = await self.store.append(group.draw, group.attempt, group.payload, **limits)
+            result = await self.store.append(
+                group.draw, group.attempt, group.payload, max_entries=self.max_entries, max_bytes=1 << 30
+            )
             statuses.append(result.status)
             if result.status == "OK":
-                self.accepted.append(Accepted(result.id, group.draw, group.attempt))
+                self.accepted.append(accepted_as(result.id, group.payload))
         return statuses
 
     async def sample(self, count: int, worker: str = "w") -> list[Sampled]:
@@ -191,7 +218,7 @@ class SmallMachine:
         """Everything it holds about the run, for `set_redis`."""
         async with redis_asyncio.Redis.from_url(self.redis.url, protocol=2) as client:
             keys = [key async for key in client.scan_iter(f"sapo:{{{self.config.run.name}}}:*")]
-            return {key: await client.dump(key) for key in keys}
+            return {key: value for key in keys if (value := await client.dump(key)) is not None}
 
     async def set_redis(self, content: dict[bytes, bytes]) -> None:
         """Set it back to what it was, or empty it ({})."""
@@ -215,7 +242,7 @@ class SmallMachine:
             await self.watch()
             self.held += await self.lease(4)
             statuses = await self.send(self.held)
-            self.held = [group for group, status in zip(self.held, statuses, strict=True) if status == "NOT_READY"]
+            self.held = [group for group, status in zip(self.held, statuses, strict=True) if status in KEEP]
             await learner.work()
             if learner.step == STEPS and not self.held:
                 return
@@ -224,12 +251,12 @@ class SmallMachine:
 
 def accepted_as(entry_id: str, payload: bytes) -> Accepted:
     group = decode(payload)
-    return Accepted(entry_id, group.draw, group.attempt)
+    return Accepted(entry_id, group.draw, group.attempt, sha256(payload))
 
 
-def _sampled(draw: int, attempt: int, version: int, step: int) -> Sampled:
-    """Another attempt is sampled at another moment, and so has other tokens."""
-    group = random_group(draw + 1000 * attempt, policy_step=step)
+def _sampled(worker: str, draw: int, attempt: int, version: int, step: int) -> Sampled:
+    """Another attempt, or another worker's, is sampled at another moment, and so has other tokens."""
+    group = random_group(crc32(f"{worker} {draw} {attempt}".encode()), policy_step=step)
     responses = tuple(
         replace(each, spans=tuple(VersionSpan(span.length, version, step) for span in each.spans))
         for each in group.trajectories

@@ -192,3 +192,29 @@ async def test_a_cancelled_call_ends_its_task(store):
         async with asyncio.timeout(5):
             await asyncio.wait([task])
         assert task.cancelled()
+
+
+@pytest.mark.parametrize("refusal", ["NOREPLICAS Not enough good replicas", "MISCONF Errors writing", "BUSY a script"])
+async def test_a_server_that_refuses_for_now_is_tried_again(refusal):
+    info = b"# Server\r\nredis_version:7.4.0\r\nmaxmemory_policy:noeviction\r\n"
+    refused = []
+
+    async def server(reader, writer):
+        requests = hiredis.Reader()
+        while block := await reader.read(1 << 12):
+            requests.feed(block)
+            while (request := requests.gets()) is not False:
+                if request[0] == b"INFO":
+                    writer.write(b"$%d\r\n%s\r\n" % (len(info), info))
+                elif request[0] == b"GET" and len(refused) < 3:
+                    refused.append(request)
+                    writer.write(f"-{refusal}\r\n".encode())
+                else:
+                    writer.write(b"$2\r\nid\r\n" if request[0] == b"GET" else b"+OK\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(server, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        async with await RunStore.connect(f"redis://127.0.0.1:{port}/0", "r") as store:
+            await store.claim("id")
+    assert len(refused) == 3

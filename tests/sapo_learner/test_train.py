@@ -310,3 +310,18 @@ def test_what_the_learner_works_on_is_told_before_it_is_done() -> None:
     ids = [entry.id for entry in log.next(0, GROUPS) or []]
     assert [named for _, named in told[:GROUPS]] == [[each] for each in ids]
     assert {each for doing, named in told if doing == "training on" for each in named} == set(ids)
+
+
+@pytest.mark.parametrize("groups_before", [0, 1, GROUPS, 2 * GROUPS + 1])
+def test_a_complete_run_goes_on_however_far_behind_lies_the_entry_that_prolongs_it(groups_before: int) -> None:
+    """Sampling may have gone on before the learner wrote it; and no state of a run may be one that nobody can leave."""
+    total = (STEPS + 4) * GROUPS
+    made: list[bytes | LearnerSettings] = list(payloads(total))
+    made.insert(STEPS * GROUPS + groups_before, settings_of(steps=STEPS + 4))
+    run, unaware = Run(settings_of()), Run(settings_of())
+    unaware.steps(RecordedLog(made[: STEPS * GROUPS + groups_before]))
+    assert unaware.learner.step_count == STEPS, "without the entry it is complete"
+    assert len(run.steps(RecordedLog(made))) == STEPS + 4
+    unaware.steps(RecordedLog(made))
+    assert unaware.digest() == run.digest()
+    assert run.position.ledger.consumed == total + 1

@@ -133,6 +133,7 @@ REDIS: dict[str, Callable[[RunStore], Awaitable[Any]]] = {
     "heartbeat": lambda store: store.heartbeat("w", "{}", 1.0),
     "workers": lambda store: store.workers(),
     "acquire_token": lambda store: store.acquire_token("learner"),
+    "claim": lambda store: store.claim("id"),
     "ping": lambda store: store.ping(LIMIT),
     "state": lambda store: store.state(),
     "erase": lambda store: store.erase(),

@@ -206,3 +206,23 @@ async def test_leases_of_dead_workers_are_swept_even_if_nobody_asks(redis: Embed
         await until(swept)
         running.lifecycle.stopping.set()
         await watch
+
+
+async def test_another_run_of_the_same_name_is_refused_before_it_touches_anything(
+    redis: EmbeddedRedis, config: RunConfig, tmp_path: Path
+) -> None:
+    """The default name is "run", and a directory may be deleted: neither may mix two runs in one Redis."""
+    async with process(config, redis) as started:
+        assert await started.stop() is None
+    async with process(config, redis) as again:
+        assert await again.stop() is None
+    elsewhere = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(tmp_path / "elsewhere")})})
+    error = await Process(elsewhere, redis, free_address()).end()
+    assert isinstance(error, ConfigError)
+    assert f"another run of the name {config.run.name!r} is kept there" in str(error)
+    assert "choose another run.name" in error.fix
+    async with await RunStore.connect(redis.url, config.run.name) as store:
+        await store.erase()
+    after = Process(elsewhere, redis, free_address())
+    await after.ready()
+    assert await after.stop() is None

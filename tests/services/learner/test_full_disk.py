@@ -21,10 +21,11 @@ from services.runtime.metrics import LearnerMetrics
 from services.wire import encode
 from tests.full_disk import no_file_beyond, no_memory_beyond
 from tests.recorded import ALPHABET, entries, group, response
+from tests.services.learner.recorded_run import GROUPS, Run
 from tests.services.learner.test_publisher import ControlPlane
-from tests.services.learner.test_session import GROUPS, STEPS, Run
 from tests.small_run import run_config
 
+STEPS = 12
 TOO_SMALL = 10_000  # bytes, for a checkpoint or a snapshot of the tiny policy
 
 
