@@ -46,7 +46,7 @@ class Child:
     name: str
     command: list[str]
     http: str = ""
-    once: list[str] = field(default_factory=list)  # options of the first start alone
+    once: list[str] = field(default_factory=list)  # options until they have had their effect
     process: asyncio.subprocess.Process | None = None
     state: str = "starting"
     restarts: int = 0
@@ -85,6 +85,7 @@ class LocalRun:
         self._add("ingest", ["--listen", self._ingest_address])
         self._add("learner", [])
         self.children["learner"].once = [] if back_to is None else ["--from", str(back_to)]
+        self._newest_saved = self._saved()
         for index in range(workers):
             self._add("rollout", ["--name", f"rollout-{index}"], name=f"rollout-{index}")
 
@@ -120,7 +121,14 @@ class LocalRun:
         for task in self._watchers:
             task.add_done_callback(self._watcher_ended)
 
+    def _saved(self) -> int:
+        """Newest fencing token of a checkpoint: a learner that went back on purpose saves under its own at once."""
+        names = (path.name for path in (self.directory / "checkpoints").glob("step-*"))
+        return max((int(name.rpartition("-")[2]) for name in names), default=0)
+
     async def _spawn(self, child: Child) -> None:
+        if child.once and self._saved() > self._newest_saved:
+            child.once = []
         if child.name == "redis" and self._redis:
             child.command = self._redis.command()
         with (self.directory / "logs" / f"{child.name}.log").open("ab") as output:
@@ -128,7 +136,7 @@ class LocalRun:
                 *child.command, *child.once, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
                 env=self._environment(), start_new_session=True, preexec_fn=_die_with_parent(),
             )  # fmt: skip
-        child.state, child.once = "running", []
+        child.state = "running"
 
     def _environment(self) -> dict[str, str]:
         redis_url = self._redis.url if self._redis else os.environ["SAPO_REDIS_URL"]

@@ -152,6 +152,12 @@ async def _make_way(config: RunConfig, directory: Path, console: Console, *, aga
         if changes(run_config(directory), config):
             await _set_aside(config, directory, console)
         return
+    done = max((int(line["step"]) for line in read(directory / "record.jsonl") if line["kind"] == "step"), default=0)
+    if not again and not back and config.training.steps < done:
+        raise ConfigError(
+            f"training.steps {config.training.steps} lies behind step {done}, which is done", where=str(directory),
+            fix="give at least as many; or `--back-to STEP`, or `--again` for a new run",
+        )  # fmt: skip
     complete = not back and _steps_in_summary(directory) >= config.training.steps
     if again and (complete or changes(run_config(directory), config)):
         await _set_aside(config, directory, console)

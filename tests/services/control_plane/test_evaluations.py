@@ -244,3 +244,12 @@ def test_a_task_without_held_out_problems_is_never_evaluated_and_holds_nothing()
     each = evaluations([])
     assert not each.schedule(0)
     assert not each.holds(1)
+
+
+def test_more_correct_responses_than_there_were_are_refused() -> None:
+    each = evaluations()
+    each.schedule(0)
+    chunk = each.claim("a", 0, 0, {"a": 0})
+    assert chunk is not None
+    with pytest.raises(Mismatch, match="not the result of that chunk"):
+        each.complete(answer(chunk, "a", 1_000))

@@ -232,3 +232,18 @@ async def test_a_redis_that_is_set_back_between_reading_and_trimming_is_rebuilt(
     assert learner.draws() == draws
     assert await store.needs_rebuild(learner.archive.head) is None
     assert (await store.state()).reoffered == frozenset()
+
+
+async def test_a_generation_is_never_begun_twice_although_nothing_was_archived_under_it(
+    store: RunStore, tmp_path: Path
+) -> None:
+    """Attempts are counted from it: an old lease's would otherwise be a new one's, too."""
+    attempts = []
+    for _ in range(3):
+        learner = await Learner(store, tmp_path).start()
+        await learner.open_registry()
+        (lease,) = (await store.grant(learner.control, "worker", 1, 0, PACING)).leases
+        attempts.append((lease.draw, lease.attempt))
+        learner.archive.close()
+        await store.erase()
+    assert len(set(attempts)) == 3, attempts

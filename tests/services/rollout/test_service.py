@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from sapo_learner.errors import Mismatch, NotFound, SapoError
+from sapo_learner.errors import ConfigError, Mismatch, NotFound, SapoError
 from sapo_learner.manifest import Manifest
 from sapo_learner.policy import Policy, load_policy, tiny_policy, write_policy
 from sapo_learner.snapshot import read_snapshot, write_snapshot
-from services.rollout.service import FIRST_POLICY_TRIES, _first_policy
+from services.rollout.service import FIRST_POLICY_TRIES, _first_policy, _scratch
 from services.runtime.lifecycle import Lifecycle
 
 
@@ -69,3 +69,13 @@ async def test_a_worker_that_is_asked_to_stop_does_not_wait(tmp_path: Path) -> N
     lifecycle = Impatient()
     lifecycle.stopping.set()
     assert await first(lifecycle, Store(tmp_path, [NotFound("nothing yet")] * 2)) is None
+
+
+def test_a_second_worker_of_one_name_on_one_machine_is_refused_and_disturbs_nobody() -> None:
+    with _scratch("http://somewhere twin") as first:
+        (first / "blob").write_text("weights")
+        with pytest.raises(ConfigError, match="a worker of this name runs here"), _scratch("http://somewhere twin"):
+            pass
+        assert (first / "blob").read_text() == "weights"
+    with _scratch("http://somewhere twin") as again:
+        assert not list(again.iterdir())
