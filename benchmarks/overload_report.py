@@ -27,10 +27,9 @@ A whole `sapo up` with two workers. Each optimizer step takes {step_groups} grou
 pacing lets sampling run as far ahead as `max_policy_age` = {max_age} allows. The learner is slow because it works on
 one response at a time (`training.microbatch_tokens: 1`) and is stopped (SIGSTOP) for {stopped:.0%} of every second.
 
-When pacing holds nobody back, the workers sample {free:,.0f} tokens/s beside a learner that trains and
-is not stopped. In the measured
-{minutes:g} minutes the learner consumed {trained:,.0f} tokens/s (trained, or without signal): the workers are
-**{ratio:.1f} times** as fast. They sampled {accepted} groups, the learner did {steps} steps.
+When pacing holds nobody back, the workers sample {free:,.0f} tokens/s beside a learner that trains and is not
+stopped. In the measured {minutes:g} minutes the learner consumed {trained:,.0f} tokens/s (trained, or without signal):
+the workers are **{ratio:.1f} times** as fast. They sampled {accepted} groups, the learner did {steps} steps.
 """
 GROWTH = """
 ## Memory and disk

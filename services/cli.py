@@ -8,6 +8,7 @@ import asyncio
 import io
 import logging
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,22 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(serve_app, name="serve")
 app.add_typer(history_app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sapo {metadata.version('sapo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Holds the options of `sapo` itself."""
+
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or a control plane's URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -220,7 +237,7 @@ def evaluate(
     """
     from services.offline import evaluate as run_evaluation
 
-    given = load_config(config, overrides)
+    given = load_config(config, overrides) if config or overrides else None
     result = asyncio.run(run_evaluation(policy, given, samples=samples, temperature=temperature, seed=seed))
     if as_json:
         terminal.print_json(result)
@@ -237,7 +254,9 @@ def sample(
     prompt: Annotated[str, typer.Option(help="The prompt, as text.")],
     count: Annotated[int, typer.Option(min=1, help="Responses.")] = 1,
     temperature: Temperature = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a response.")] = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Token limit of a response. Default: the run's own, else 64.")
+    ] = None,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per response.")] = False,
 ) -> None:

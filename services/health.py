@@ -1,6 +1,7 @@
 """Questions to processes from outside: is one ready, what do those of a `sapo up` wait for, what does a run say."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,10 @@ async def ask(run: str, question: Question) -> dict[str, Any]:
         require_url(run)
         url, token = run, Environment().require("token")
     else:
+        if not Path(run).exists() and re.fullmatch(r"[\w.-]+:\d+", run):
+            raise NotFound(
+                "no such directory", where=run, fix=f"a control plane's URL begins with http://: http://{run}"
+            )
         services = _services_of(Path(run))
         url, token = services.control_plane_url, services.token
     try:

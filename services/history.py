@@ -73,7 +73,8 @@ def replay(
     from services.replay import replay as run_replay
 
     _require(run)
-    with Progress(console=terminal.console(stderr=True), transient=True) as shown:
+    console = terminal.console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("replaying", total=None)
 
         def progress(step: int, last: int) -> None:

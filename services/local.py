@@ -206,7 +206,8 @@ class LocalRun:
     def _fail(self, child: Child, code: int) -> None:
         path = self.directory / "logs" / f"{child.name}.log"
         lines = path.read_text(errors="replace").splitlines()[-LAST_LINES:]
-        error = SapoError(
+        kind = next((each for each in SapoError.__subclasses__() if each.exit_code == code), SapoError)
+        error = kind(
             f"{child.name} died ({_reason(code, meaning=True)}) and restarting does not help; its last words:\n  "
             + "\n  ".join(lines),
             fix=f"the whole log: {path}{_little_room(self.directory)}",

@@ -14,14 +14,23 @@ from services.run_directory import load_any_policy
 from services.runtime.settings import RunConfig
 from services.tasks import Response, build
 
+DEFAULT_MAX_TOKENS = 64
 
-async def evaluate(name: str, given: RunConfig, *, samples: int, temperature: float, seed: int) -> dict[str, Any]:
+
+async def evaluate(
+    name: str, given: RunConfig | None, *, samples: int, temperature: float, seed: int
+) -> dict[str, Any]:
     """Held-out pass@1: the mean over at least `samples` responses, equally many per problem.
 
     given: task and token limit of a policy that is not a run's.
     """
     policy, own = await load_any_policy(name)
     config = own or given
+    if config is None:
+        raise ConfigError(
+            "a model directory does not say which problems to answer", where=name,
+            fix="give --config RUN_YAML, or --set task.name=... and --set sampling.max_tokens=...",
+        )  # fmt: skip
     task = build(config.task)
     problems = task.problems("held_out")
     if not problems:
@@ -47,10 +56,11 @@ async def evaluate(name: str, given: RunConfig, *, samples: int, temperature: fl
 
 
 async def sample(
-    name: str, prompt: str, *, count: int, temperature: float, max_tokens: int, seed: int
+    name: str, prompt: str, *, count: int, temperature: float, max_tokens: int | None, seed: int
 ) -> list[dict[str, Any]]:
     """Responses with their tokens and log-probs."""
-    policy, _ = await load_any_policy(name)
+    policy, own = await load_any_policy(name)
+    max_tokens = max_tokens or (own.sampling.max_tokens if own else DEFAULT_MAX_TOKENS)
     if not policy.tokenizer.encode(prompt):
         raise ConfigError("no token for the policy to go on from", where="--prompt", fix="give some text")
     responses = await _sample(policy, [prompt] * count, temperature=temperature, max_tokens=max_tokens, seed=seed)

@@ -10,6 +10,7 @@ from sapo_learner.manifest import TOKENIZER_FILES
 from services.runtime.settings import RunConfig
 from services.tasks import Task, Teacher, build
 
+PROMPTS_CHECKED = 200  # the longest ones
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 MODEL_FIX = "give the directory of a Hugging Face causal language model, or tiny"
 
@@ -24,12 +25,14 @@ def check(config: RunConfig, warn: Callable[[str], None] = lambda _: None) -> di
 
     objective = objectives.build(config.objective.name, **config.objective.options)
     task = build(config.task)
-    task.problems("train")
-    held_out = len(task.problems("held_out"))
+    problems, held_out = task.problems("train"), len(task.problems("held_out"))
     if config.policy.source == "tiny":
         _check_teacher(task, held_out)
     else:
-        check_model(Path(config.policy.source), where=f"policy.source {config.policy.source}")
+        where = f"policy.source {config.policy.source}"
+        check_model(Path(config.policy.source), where=where)
+        prompts = [each.prompt for each in (*problems, *task.problems("held_out"))]
+        _check_prompts(Path(config.policy.source), prompts, config.sampling.max_tokens, where, warn)
     if not held_out:
         warn("no problem is held out: pass@1 will not be measured")
     options = task.model_dump(mode="json")  # type: ignore[attr-defined]
@@ -75,6 +78,37 @@ def check_model(directory: Path, *, where: str) -> None:
         raise ConfigError("no weights there (*.safetensors)", where=where, fix="copy the whole model directory")
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError("no tokenizer there (tokenizer.json)", where=where, fix="copy the whole model directory")
+
+
+def _check_prompts(
+    directory: Path, prompts: list[str], max_tokens: int, where: str, warn: Callable[[str], None]
+) -> None:
+    """Hold the longest prompts against the model's vocabulary and context."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        model = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ConfigError(f"transformers cannot load it: {reason}", where=where, fix=MODEL_FIX) from None
+    longest = [tokenizer.encode(each) for each in sorted(set(prompts), key=len)[-PROMPTS_CHECKED:]]
+    highest, length = max((max(ids, default=0) for ids in longest), default=0), max(map(len, longest), default=0)
+    if highest >= model.vocab_size:
+        raise ConfigError(
+            f"its tokenizer gives token ids up to {highest}, but the model knows only {model.vocab_size}",
+            where=where, fix="take model and tokenizer from the same directory",
+        )  # fmt: skip
+    context = getattr(model, "max_position_embeddings", None)
+    if context is not None and length + max_tokens > context:
+        raise ConfigError(
+            f"the longest prompt has {length} tokens; with {max_tokens} of a response that exceeds the model's context "
+            f"of {context}",
+            where="sampling.max_tokens", fix=f"set it to at most {context - length}" if context > length else
+            "shorten the prompts, or use a model with a longer context",
+        )  # fmt: skip
+    if tokenizer.chat_template:
+        warn("the tokenizer has a chat template, which is not applied: prompts go to the model as the task has them")
 
 
 def find_beside(config: RunConfig, file: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sapo_learner.archive import Archive, Entry
 from sapo_learner.control import GROUP
-from sapo_learner.errors import Mismatch, NotFound
+from sapo_learner.errors import Corrupt, Mismatch, NotFound
 from services.control_plane.record import read
 from services.run_directory import run_config
 from services.runtime.settings import RunConfig
@@ -93,6 +93,8 @@ def replay(
             if verify:
                 truth.compare(learner)
             progress(report.step, last)
+        if until is None:
+            truth.refuse_short(report.step)
         report.digest = weights_digest(learner.policy.tensors())
         if out is not None:
             write_policy(learner.policy, out)
@@ -144,12 +146,23 @@ class _Truth:
         self._config, self._report = config, report
         # A step that was taken again after a restore was published again; equal weights have equal digests.
         self._published: dict[int, set[str]] = {}
+        self._done = 0  # steps that the run is known to have done
         for line in read(directory / "record.jsonl"):
+            if line["kind"] == "step":
+                self._done = max(self._done, line["step"])
             if line["kind"] == "policy":
                 self._published.setdefault(line["step"], set()).add(line["digest"])
         self._checkpoints: dict[int, Found] = {}
         for found in reversed(checkpoint.list_whole(directory / "checkpoints")):
             self._checkpoints[found.step] = found  # the newest of a step wins
+
+    def refuse_short(self, step: int) -> None:
+        done = max(self._done, *self._checkpoints, 0)
+        if step < done:
+            raise Corrupt(
+                f"the archive ends at step {step}, but the run went to step {done}", where=self._config.run.name,
+                fix="restore the archive from a copy; `--until` replays a part",
+            )  # fmt: skip
 
     def compare(self, learner: "Learner") -> None:
         from sapo_learner.snapshot import snapshot_digest

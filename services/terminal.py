@@ -98,6 +98,7 @@ def _failed(error: BaseException) -> int:
         warn(f"{where}{error.strerror or error} ({fix}, then give the same command again)")
         return SapoError.exit_code
     if isinstance(error, KeyboardInterrupt | typer.Abort):
+        warn("interrupted")
         return INTERRUPTED
     if isinstance(error, MemoryError):
         warn("out of memory (free some, or give a smaller model, batch or sample count)")

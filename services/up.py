@@ -26,6 +26,9 @@ from services.view import View
 Report = Callable[[dict[str, Any]], None]
 
 
+BEGUN_FROM = "begun-from.json"
+
+
 async def up(
     config: RunConfig,
     console: Console,
@@ -43,8 +46,13 @@ async def up(
     """
     directory = config.run.directory
     _refuse_second(directory)
+    if console.is_terminal:  # importing torch takes its time
+        console.print("checking the configuration ...", style="dim")
+    given = config.policy.source
     if start_from:
         config = await _begin_with(start_from, config, again=again)
+    elif not again:
+        config = _as_it_began(config)
     remarks: list[str] = []
     check(config, remarks.append)
     if back_to is not None:
@@ -54,6 +62,9 @@ async def up(
         console.print(f"note: {remark}", markup=False)
     stop = _asked_to_stop(console)
     run = LocalRun(config, workers=config.local.rollout_workers, back_to=back_to)
+    if start_from:
+        begun = {"policy": start_from, "source": config.policy.source, "instead_of": given}
+        (directory / BEGUN_FROM).write_text(json.dumps(begun))
     console.print(f"run {config.run.name} in {directory}; logs in {directory}/logs", markup=False)
     try:
         await run.start()
@@ -116,6 +127,17 @@ async def _begin_with(name: str, config: RunConfig, *, again: bool) -> RunConfig
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return config.model_copy(update={"policy": config.policy.model_copy(update={"source": str(source)})})
+
+
+def _as_it_began(config: RunConfig) -> RunConfig:
+    """A run that began with --from goes on with its copy of that policy, also when the option is left out."""
+    path = config.run.directory / BEGUN_FROM
+    if not path.is_file():
+        return config
+    begun = json.loads(path.read_text())
+    if config.policy.source != begun["instead_of"]:
+        return config
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"source": begun["source"]})})
 
 
 def _has_begun(directory: Path) -> bool:

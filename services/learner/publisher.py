@@ -68,7 +68,7 @@ class Publisher:
     def submit(self, snapshot: Snapshot) -> None:
         """Publish when the one in flight is done; replaces whatever waits."""
         if self._waiting is not None:
-            log.info("step %d is not published: step %d overtook it", self._waiting.step, snapshot.step)
+            log.debug("step %d is not published: step %d overtook it", self._waiting.step, snapshot.step)
         self._waiting = snapshot
         self._idle.clear()
         self._changed.set()
@@ -95,7 +95,7 @@ class Publisher:
         while (manifest := await self._write(snapshot)) is None:
             await asyncio.sleep(RETRY_SECONDS)
             if self._waiting is not None:
-                log.info("step %d is not published: step %d overtook it", snapshot.step, self._waiting.step)
+                log.debug("step %d is not published: step %d overtook it", snapshot.step, self._waiting.step)
                 snapshot, self._waiting = self._waiting, None
         await self._upload(manifest)
         facts = {

@@ -130,6 +130,7 @@ class Worker:
 
     async def drain(self) -> None:
         """Finish what can be finished soon, hand the rest back."""
+        log.info("leaving with %d leases: what is not done soon is handed back", len(self._leases))
         if self._evaluation:
             self._evaluation.cancel()
         if self._leases:

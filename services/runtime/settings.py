@@ -226,7 +226,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(
             str(error).splitlines()[0], where=where, fix="`sapo config` prints a complete example"
         ) from None
-    return parse(RunConfig, data, where=where, fix="`sapo config --explain KEY` says what a key takes")
+    return parse(
+        RunConfig,
+        data,
+        where=f"{where} with --set" if path and overrides else where,
+        fix="`sapo config --explain KEY` says what a key takes",
+    )
 
 
 def _read(path: Path) -> DictConfig:

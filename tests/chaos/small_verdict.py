@@ -117,5 +117,8 @@ class _Replayed:
         found = list(self._entries[after : after + count])
         return found if len(found) == count else None
 
-    def controls(self, after: int) -> list[Entry]:
-        return list(takewhile(lambda entry: entry.kind != GROUP, self._entries[after:]))
+    def controls(self, after: int, *, anywhere: bool = False) -> list[Entry]:
+        entries = self._entries[after:]
+        if anywhere:
+            return [entry for entry in entries if entry.kind != GROUP]
+        return list(takewhile(lambda entry: entry.kind != GROUP, entries))

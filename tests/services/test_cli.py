@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from sapo_learner.errors import SapoError
+from sapo_learner.policy import tiny_policy, write_policy
 from services import terminal
 from services.cli import app
 from services.runtime.http import probe_app, serving
@@ -86,10 +87,9 @@ def test_config_prints_a_file_that_config_reads(tmp_path: Path) -> None:
 def test_config_says_on_standard_error_that_nothing_will_be_measured(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     model = tmp_path / "m"
-    model.mkdir()
-    for name, text in (("config.json", '{"model_type": "qwen3"}'), ("tokenizer.json", ""), ("a.safetensors", "")):
-        (model / name).write_text(text)
+    write_policy(tiny_policy("0123456789+=", seed=0), model)
     settings = ["task.name=jsonl", f"task.path={tmp_path}/p.jsonl", "task.held_out_fraction=1e-9"]
+    settings.append("sampling.max_tokens=16")
     outcome = sapo("config", *(f"--set={each}" for each in [*settings, f"policy.source={model}"]), "--json")
     assert outcome.code == 0
     assert json.loads(outcome.out)["task"]["held_out_fraction"] == 1e-9

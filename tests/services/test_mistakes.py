@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -400,9 +401,49 @@ def test_machine(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: st
 
 def test_directory_of_the_run_is_a_file(tmp_path: Path, policy: Path) -> None:
     (tmp_path / "file").write_text("")
-    (tmp_path / "run.yaml").write_text(f"policy: {{source: {policy}}}\nrun: {{dir: file/run}}")
+    (tmp_path / "run.yaml").write_text(
+        f"policy: {{source: {policy}}}\nrun: {{dir: file/run}}\nsampling: {{max_tokens: 9}}"
+    )
     outcome = sapo("up", "run.yaml")
     assert outcome.code == 1
     assert outcome.err.count("\n") == 1
     assert "file/run" in outcome.err
     assert "Not a directory" in outcome.err
+
+
+def jsonl_run(tmp_path: Path, policy: Path, max_tokens: int = 9) -> list[str]:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+1+1+1=", "answer": "4"}\n')
+    settings = ["task.name=jsonl", "task.path=p.jsonl", f"policy.source={policy}", f"sampling.max_tokens={max_tokens}"]
+    return ["config", *(f"--set={each}" for each in settings)]
+
+
+def test_responses_that_do_not_fit_the_model(tmp_path: Path, policy: Path) -> None:
+    outcome = sapo(*jsonl_run(tmp_path, policy, max_tokens=250))
+    assert outcome.code == 2
+    for fragment in ("sampling.max_tokens", "the longest prompt has 8 tokens", "context of 256", "at most 248"):
+        assert fragment in outcome.err
+    assert sapo(*jsonl_run(tmp_path, policy, max_tokens=248)).code == 0
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path, policy: Path) -> None:
+    policy = shutil.copytree(policy, tmp_path / "model")
+    configuration = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(configuration | {"vocab_size": 5}))
+    outcome = sapo(*jsonl_run(tmp_path, policy))
+    assert outcome.code == 2
+    assert "its tokenizer gives token ids up to " in outcome.err
+    assert "the model knows only 5" in outcome.err
+
+
+def test_a_chat_template_is_said_not_to_be_applied(tmp_path: Path, policy: Path) -> None:
+    policy = shutil.copytree(policy, tmp_path / "model")
+    (policy / "chat_template.jinja").write_text("{{ messages }}")
+    outcome = sapo(*jsonl_run(tmp_path, policy))
+    assert outcome.code == 0
+    assert "has a chat template, which is not applied" in outcome.err
+
+
+def test_eval_of_a_model_directory_without_a_word_on_the_problems(policy: Path) -> None:
+    outcome = sapo("eval", str(policy))
+    assert outcome.code == 2
+    assert "give --config RUN_YAML" in outcome.err

@@ -367,7 +367,7 @@ async def test_the_closing_report_is_the_whole_of_standard_output_with_json(
     monkeypatch.setattr(up_module, "LocalRun", Local)
     monkeypatch.setattr(up_module, "audit_run", audit)
     monkeypatch.setattr(up_module, "summarise", lambda *_, **__: SUMMARY)
-    settings = config(tmp_path / "run", policy={"source": str(model)})
+    settings = config(tmp_path / "run", policy={"source": str(model)}, sampling={"max_tokens": 16})
     code = await up_module.up(settings, terminal.console(stderr=True), again=False, report=terminal.print_json)
     said = capsys.readouterr()
     report = json.loads(said.out)
@@ -393,3 +393,14 @@ def test_a_step_that_is_not_kept_cannot_be_gone_back_to(tmp_path: Path) -> None:
     earlier_run(tmp_path / "run", steps=2)
     with pytest.raises(NotFound, match=r"no checkpoint of step 1 \(kept are steps none\)"):
         up_module._refuse_unkept(tmp_path / "run", 1)
+
+
+def test_a_run_that_began_with_another_policy_goes_on_with_its_copy(tmp_path: Path) -> None:
+    earlier_run(tmp_path / "run", steps=2)
+    now = config(tmp_path / "run", policy={"source": "llama"})
+    assert up_module._as_it_began(now) == now
+    begun = {"policy": "runs/old@3", "source": "/copies/run-from-0123", "instead_of": "llama"}
+    (tmp_path / "run" / up_module.BEGUN_FROM).write_text(json.dumps(begun))
+    assert up_module._as_it_began(now).policy.source == "/copies/run-from-0123"
+    other = config(tmp_path / "run", policy={"source": "qwen"})
+    assert up_module._as_it_began(other) == other, "who names another policy is told that it cannot change"

@@ -34,6 +34,7 @@ class TorchEngine:
         with enough_memory("making room for the responses", where=self.name, fix=self._lower):
             self._decoder = BatchDecoder(policy, version, slots=slots)
         self._context: int | None = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+        self._vocabulary = policy.vocabulary
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: list[SampleRequest] = []  # the thread's own
@@ -99,6 +100,12 @@ class TorchEngine:
     def _check(self, request: SampleRequest) -> None:
         if request.id in self._outputs:
             raise ValueError(f"request {request.id} is in flight already")
+        if (highest := max(request.prompt_ids)) >= self._vocabulary:
+            raise ConfigError(
+                f"the prompt has token id {highest}, the model knows only {self._vocabulary}",
+                where="tokenizer",
+                fix="take model and tokenizer from the same directory",
+            )
         length = len(request.prompt_ids) + request.max_tokens
         if self._context is not None and length > self._context:
             raise ConfigError(

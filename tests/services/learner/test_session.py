@@ -152,3 +152,12 @@ def test_a_replay_on_another_machine_compares_to_a_tolerance_and_says_so(
     assert not report.bit_exact
     assert "cpu is another" in report.because
     assert report.largest_difference == 0.0, "it is the same machine after all"
+
+
+def test_a_replay_of_an_archive_that_was_cut_short_is_no_success(run: Run) -> None:
+    run.train()
+    (segment,) = [each for each in (run.directory / "archive").glob("segment-*.zst") if each.stat().st_size > 1000]
+    with segment.open("r+b") as file:
+        file.truncate(segment.stat().st_size - 7)
+    with pytest.raises(Corrupt, match=r"the archive ends at step \d+, but the run went to step 12"):
+        replay(run.directory)
