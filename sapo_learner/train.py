@@ -101,10 +101,7 @@ def train(
         advantages = [_advantages(group, settings) for group in groups]
         batch = _collate(groups, advantages, settings, learner.step_count)
         update = learner.step(batch, _announcing(attend, ids))
-        outcomes = Counter(
-            Outcome.degenerate if not signal else Outcome.refused if update.refusal else Outcome.trained
-            for signal in batch.signal
-        )
+        outcomes = _outcomes(batch, update)
         outcomes.update({Outcome.stale: stale, Outcome.invalid: len(invalid), Outcome.skipped: len(skipped)})
         position.advance(entries[-1], outcomes)
         yield StepReport(
@@ -162,6 +159,12 @@ def _read(
             groups.append(group)
             ids.append(entry.id)
     return groups, ids, stale, invalid
+
+
+def _outcomes(batch: TrainingBatch, update: UpdateReport) -> Counter[Outcome]:
+    """Of the groups that were looked at."""
+    moved = Outcome.refused if update.refusal else Outcome.trained
+    return Counter(moved if signal else Outcome.degenerate for signal in batch.signal)
 
 
 def _announcing(attend: Attend, ids: Sequence[str]) -> Callable[[Sequence[int]], None]:

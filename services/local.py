@@ -297,12 +297,3 @@ def _die_with_parent() -> Callable[[], None] | None:
         return None
     libc, set_death_signal = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
     return lambda: libc.prctl(set_death_signal, signal.SIGTERM)
-
-
-def set_aside(directory: Path) -> Path:
-    """Move a run's directory out of the way, to the first free NAME.N; returns the new place."""
-    number = 1
-    while (target := directory.with_name(f"{directory.name}.{number}")).exists():
-        number += 1
-    directory.rename(target)
-    return target

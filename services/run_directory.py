@@ -109,6 +109,15 @@ def stopped_status(directory: Path) -> dict[str, Any]:
     }
 
 
+def set_aside(directory: Path) -> Path:
+    """Move a run's directory out of the way, to the first free NAME.N; returns the new place."""
+    number = 1
+    while (target := directory.with_name(f"{directory.name}.{number}")).exists():
+        number += 1
+    directory.rename(target)
+    return target
+
+
 async def audit_run(directory: Path) -> LedgerReport:
     """Hold the newest checkpoint's ledger against archive, Redis and draws, each counted one by one (I1)."""
     from sapo_learner import checkpoint

@@ -14,9 +14,16 @@ from rich.console import Console
 
 from sapo_learner.errors import ConfigError, NotFound, Unavailable
 from services.control_plane.record import read
-from services.local import LocalRun, set_aside
+from services.local import LocalRun
 from services.preflight import check
-from services.run_directory import audit_run, live_services, load_any_policy, run_config, stopped_status
+from services.run_directory import (
+    audit_run,
+    live_services,
+    load_any_policy,
+    run_config,
+    set_aside,
+    stopped_status,
+)
 from services.runstore import RunStore
 from services.runtime.changes import changes, check_changes
 from services.runtime.settings import Environment, RunConfig
@@ -44,40 +51,54 @@ async def up(
     this run goes on from, leaving what came after it. report: takes the closing report (of a run that was stopped: its
     status) instead of the console.
     """
-    directory = config.run.directory
+    directory, given = config.run.directory, config.policy.source
     _refuse_second(directory)
     if console.is_terminal:  # importing torch takes its time
         console.print("checking the configuration ...", style="dim")
-    given = config.policy.source
     if start_from:
         config = await _begin_with(start_from, config, again=again)
     elif not again:
         config = _as_it_began(config)
-    remarks: list[str] = []
+    await _prepare(config, console, again=again, back_to=back_to)
+    run = LocalRun(config, workers=config.local.rollout_workers, back_to=back_to)
+    if start_from:
+        begun = {"policy": start_from, "source": config.policy.source, "instead_of": given}
+        (directory / BEGUN_FROM).write_text(json.dumps(begun))
+    console.print(f"run {config.run.name} in {directory}; logs in {directory}/logs", markup=False)
+    if not await _carry_out(run, console):
+        console.print("stopped; the same command goes on from here")
+        if report:
+            report(stopped_status(directory))
+        return 0
+    return await _close(config, console, report)
+
+
+async def _prepare(config: RunConfig, console: Console, *, again: bool, back_to: int | None) -> None:
+    """Check everything that can be known beforehand, and clear the way."""
+    directory, remarks = config.run.directory, list[str]()
     check(config, remarks.append)
     if back_to is not None:
         _refuse_unkept(directory, back_to)
     await _make_way(config, directory, console, again=again, back=back_to is not None)
     for remark in remarks:
         console.print(f"note: {remark}", markup=False)
+
+
+async def _carry_out(run: LocalRun, console: Console) -> bool:
+    """Start, show, drain; returns whether the run came to its end."""
     stop = _asked_to_stop(console)
-    run = LocalRun(config, workers=config.local.rollout_workers, back_to=back_to)
-    if start_from:
-        begun = {"policy": start_from, "source": config.policy.source, "instead_of": given}
-        (directory / BEGUN_FROM).write_text(json.dumps(begun))
-    console.print(f"run {config.run.name} in {directory}; logs in {directory}/logs", markup=False)
     try:
         await run.start()
         with View(console) as draw:
-            finished = await run.finished(stop, draw)
+            return await run.finished(stop, draw)
     finally:
         console.print("draining ...", style="dim")
         await run.stop()
-    if not finished:
-        console.print("stopped; the same command goes on from here")
-        if report:
-            report(stopped_status(directory))
-        return 0
+
+
+async def _close(config: RunConfig, console: Console, report: Report | None) -> int:
+    """Audit and summary of a run that came to its end; the exit code."""
+    directory = config.run.directory
     audit = await audit_run(directory)
     summary = summarise(directory, seed=config.run.seed, ledger_balanced=audit.balanced)
     path = write_summary(directory, summary)

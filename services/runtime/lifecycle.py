@@ -99,21 +99,24 @@ def run(serve: Callable[[Lifecycle], Awaitable[None]]) -> int:
     try:
         asyncio.run(main())
     except BaseException as error:
-        cause = first_cause(error)
-        if isinstance(cause, SapoError):
-            log.error("%s", cause)
-            return cause.exit_code
-        if isinstance(cause, OSError) and (full := as_unavailable(cause)):
-            log.error("%s", full)
-            return full.exit_code
-        if isinstance(cause, MemoryError):
-            log.error("out of memory: %s (give this process more, or lower the run's sizes)", cause)
-            return Unavailable.exit_code
-        log.error("died of %s", cause, exc_info=cause)
-        return 1
+        return _say_why(first_cause(error))
     finally:
         sys.stderr.flush()
     return 0
+
+
+def _say_why(cause: BaseException) -> int:
+    """What the process died of, in one sentence if it is no fault of ours; its exit code."""
+    if isinstance(cause, OSError) and (full := as_unavailable(cause)):
+        cause = full
+    if isinstance(cause, SapoError):
+        log.error("%s", cause)
+        return cause.exit_code
+    if isinstance(cause, MemoryError):
+        log.error("out of memory: %s (give this process more, or lower the run's sizes)", cause)
+        return Unavailable.exit_code
+    log.error("died of %s", cause, exc_info=cause)
+    return 1
 
 
 def _take_all_descriptors() -> None:

@@ -15,8 +15,8 @@ import pytest
 from sapo_learner.config import parse
 from sapo_learner.errors import SapoError, Unavailable
 from services import local
-from services.local import Child, LocalRun, set_aside
-from services.run_directory import live_services
+from services.local import Child, LocalRun
+from services.run_directory import live_services, set_aside
 from services.runstore import EmbeddedRedis
 from services.runtime.settings import RunConfig
 
