@@ -55,6 +55,7 @@ class ControlPlane:
         self._workers = Workers()
         self._changed = asyncio.Event()  # set, and replaced, whenever something changes
         self._waiting = 0
+        self._left: dict[str, float] = {}  # worker -> when it went
         self._closing = False
         self.learner = api.LearnerReport(state="not started", step=0, cursor=0, ledger=Ledger().to_dict())
         self._pacing = Pacing(
@@ -103,10 +104,11 @@ class ControlPlane:
 
         gone: whether the worker has hung up; a lease that nobody hears of would block pacing until it expires.
         """
-        deadline = time.monotonic() + request.wait_seconds
+        asked = time.monotonic()
+        deadline = asked + request.wait_seconds
         self._workers.hear(request.worker, request.version, request.step)
         chunk, grant = None, Grant([], None)
-        while not self._closing and not await gone():
+        while not (self._closing or self._left.get(request.worker, 0.0) > asked or await gone()):
             changed = self._changed
             # A heartbeat since may have confirmed a newer policy than the waiting request names.
             serving = self._workers.alive().get(request.worker, request)
@@ -128,7 +130,12 @@ class ControlPlane:
         )
 
     async def release(self, request: api.ReleaseRequest) -> None:
-        await self._store.release(request.worker, [(each.draw, each.attempt) for each in request.leases])
+        leases = {(each.draw, each.attempt) for each in request.leases}
+        if request.leaving:  # a grant may be on its way to it, or another one about to be made
+            self._left[request.worker] = time.monotonic()
+            held = (await self._store.state()).leases
+            leases |= {(each.draw, each.attempt) for each in held if each.worker == request.worker}
+        await self._store.release(request.worker, leases)
         self._notify()
 
     async def heartbeat(self, beat: api.Heartbeat) -> api.HeartbeatResponse:

@@ -138,12 +138,11 @@ class Worker:
         left = [api.LeaseProgress(draw=draw, attempt=attempt, tokens=0) for draw, attempt in self._leases]
         for lease in self._leases.values():
             lease.task.cancel()
-        if not left:
-            return
-        log.info("handing back %d leases", len(left))
+        if left:
+            log.info("handing back %d leases", len(left))
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
-                await self._control.release(api.ReleaseRequest(worker=self.name, leases=left))
+                await self._control.release(api.ReleaseRequest(worker=self.name, leases=left, leaving=True))
         except (SapoError, TimeoutError) as error:
             log.warning("leases not handed back, they will run out: %s", error or "no answer")
 

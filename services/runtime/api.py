@@ -118,6 +118,8 @@ class HeartbeatResponse(BaseModel):
 class ReleaseRequest(RequestBody):
     worker: WorkerName
     leases: list[LeaseProgress] = Field(max_length=MAX_LEASES)
+    leaving: bool = False
+    """The worker goes: whatever else it holds is handed back, too, also what it was granted without hearing of it."""
 
 
 class ChunkResult(RequestBody):

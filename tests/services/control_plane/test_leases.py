@@ -171,6 +171,23 @@ async def test_a_worker_that_hung_up_is_not_given_a_lease(running: Running, monk
     assert (await running.store.state()).leases == ()
 
 
+async def test_a_worker_that_leaves_hands_back_what_it_was_granted_without_hearing_of_it(
+    running: Running, learner: Learner
+) -> None:
+    held = (await running.client.lease(lease_request("goes", count=2))).draws
+    (others,) = (await running.client.lease(lease_request("stays", count=1))).draws
+    while (await running.client.lease(lease_request("goes", count=1))).draws:
+        pass  # the answers were lost
+    waits = asyncio.create_task(running.client.lease(lease_request("goes", count=4, wait_seconds=LONG)))
+    await waiting(running)
+    unfinished = api.LeaseProgress(draw=held[0].draw, attempt=held[0].attempt, tokens=0)
+    await running.client.release(api.ReleaseRequest(worker="goes", leases=[unfinished], leaving=True))
+    assert (await prompt(waits)).draws == [], "a request from before it left is granted nothing"
+    assert {each.worker for each in (await running.store.state()).leases} == {"stays"}
+    assert others.draw in {each.draw for each in (await running.store.state()).leases}
+    assert (await running.client.lease(lease_request("goes", count=1))).draws, "it may come back"
+
+
 async def test_many_waiting_workers_cost_redis_no_more_than_a_few(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
