@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,26 +125,24 @@ def attack(section: Section, strikes: Sequence[Strike], seed: int, mode: str) ->
         print("\n".join([*outcome.problems, f"this repeats it: {repeat}"]), flush=True)
 
 
-def kills(title: str, fsync: Fsync, count: int, seed: int) -> Section:
-    section, plan = Section(title, fsync), kill_plan if fsync == "always" else redis_plan
+def kills(section: Section, count: int, seed: int) -> Section:
+    plan = kill_plan if section.fsync == "always" else redis_plan
     for index, done in enumerate(range(0, count, FAULTS_PER_RUN)):
         attack(section, plan(seed + index, min(FAULTS_PER_RUN, count - done)), seed + index, "kills")
     return section
 
 
-def sections(mode: str, fsync: Fsync, count: int, seed: int) -> list[Section]:
-    if mode in ("short", "faults"):
+def sections(mode: str, fsync: Fsync, count: int, seed: int) -> Iterator[Section]:
+    """Each when its runs are over."""
+    titles = {"always": "Kills, appendfsync always", "everysec": "Kills of Redis, appendfsync everysec"}
+    if mode in ("all", "kills"):
+        yield kills(Section(titles[fsync], fsync), count, seed)
+    if mode != "kills":
         section = Section("Faults of every kind", fsync)
         attack(section, (short_plan if mode == "short" else full_plan)(seed), seed, mode)
-        return [section]
-    titles = {"always": "Kills, appendfsync always", "everysec": "Kills of Redis, appendfsync everysec"}
-    if mode == "kills":
-        return [kills(titles[fsync], fsync, count, seed)]
-    return [
-        kills(titles["always"], "always", count, seed),
-        *sections("faults", "always", count, seed),
-        kills(titles["everysec"], "everysec", max(5, count // 5), seed),
-    ]
+        yield section
+    if mode == "all":
+        yield kills(Section(titles["everysec"], "everysec"), max(5, count // 5), seed)
 
 
 def _machine() -> str:
@@ -161,18 +159,21 @@ def main() -> int:
     chosen = parser.parse_args()
     logging.basicConfig(level="ERROR")
     os.environ.pop("SAPO_REDIS_URL", None)
-    with tempfile.TemporaryDirectory(prefix="sapo-chaos-base-") as cache:
-        os.environ["SAPO_CACHE_DIR"] = cache
-        done = sections(chosen.mode, chosen.fsync, chosen.kills, chosen.seed)
     command = f"make chaos MODE={chosen.mode} SEED={chosen.seed} KILLS={chosen.kills} FSYNC={chosen.fsync}"
     text = HEADER.format(
         command=command, date=datetime.now(UTC).date(), machine=_machine(), workers=WORKERS, nice=NICE,
         delay=DELAY_SECONDS, median=MEDIAN_SECONDS, maximum=MAX_SECONDS,
-    ) + "".join(section.table() for section in done)  # fmt: skip
-    if chosen.mode in ("all", "kills"):
-        RESULTS.write_text(text)
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="sapo-chaos-base-") as cache:
+        os.environ["SAPO_CACHE_DIR"] = cache
+        clean = True
+        for section in sections(chosen.mode, chosen.fsync, chosen.kills, chosen.seed):
+            text += section.table()
+            clean &= section.clean
+            if chosen.mode in ("all", "kills"):
+                RESULTS.write_text(text)
     print(text)
-    return 0 if all(section.clean for section in done) else 1
+    return 0 if clean else 1
 
 
 if __name__ == "__main__":
