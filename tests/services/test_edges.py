@@ -11,6 +11,7 @@ import torch
 
 from sapo_learner.archive import Archive
 from sapo_learner.control import GROUP
+from sapo_learner.learner import Learner, UpdateReport
 from sapo_learner.policy import tiny_policy, write_policy
 from sapo_learner.trajectory import TrajectoryGroup
 from services.replay import replay
@@ -79,33 +80,49 @@ async def test_no_signal_at_all_under_synchronous_training(
 async def test_one_response_that_takes_20_steps(
     tmp_path: Path, redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One worker samples a token per optimizer step, the other one as fast as it can. The slow groups are trained on
-    when they come, every token under the version it was sampled with."""
+    """One worker samples a token of a group per optimizer step, the other one as fast as it can. The slow group is
+    trained on when it comes, every token under the version it was sampled with."""
     config = jsonl_run(
         tmp_path, 8, "1",
         training={"steps": 26, "groups_per_step": 2, "max_policy_age": 21}, pacing={"lookahead": 1},
         sampling={"group_size": 2, "max_tokens": 20}, evaluation={"every": 1000, "samples": 1, "boundary_samples": 1},
         engine={"slots": 2},  # one group at a time
     )  # fmt: skip
-    decode_step, tokens = TorchEngine._decode, Counter[TorchEngine]()
+    decode_step, learner_step = TorchEngine._decode, Learner.step
+    slow: set[str] = set()  # the first responses that are begun under a trained policy
+    slow_engine: TorchEngine | None = None
+    sampled_under = 0  # the newest policy of their tokens
 
     def unhurried(self: TorchEngine) -> None:
-        if not tokens:
-            self._decoder._end_ids = torch.tensor([], dtype=torch.int64)  # nothing ends its responses early
-        slow, step = not tokens or self in tokens, self._decoder.version.step
-        if slow and 1 <= step <= 21:  # not while the first and the last policy are evaluated
-            if step <= tokens[self]:
+        nonlocal slow_engine, sampled_under
+        rows, step = self._decoder, self._decoder.version.step
+        rows._end_ids = torch.tensor([], dtype=torch.int64)  # nothing ends a response early
+        if step and slow_engine is None:
+            slow.update(each.id for row, each in enumerate(rows._requests) if rows._lengths[row] == rows._prompts[row])
+            slow_engine = self if slow else None
+        if self is slow_engine and unfinished(self):
+            if step <= sampled_under:
                 time.sleep(0.001)
                 return
-            tokens[self] = step
+            sampled_under = step
         decode_step(self)
 
+    def unfinished(engine: TorchEngine) -> bool:
+        return any(each.id in slow for each in list(engine._decoder._requests)) and engine._ended is None
+
+    def patient(self: Learner, *arguments: Any) -> UpdateReport:
+        """No step before the slow engine has sampled under the policy of the last one."""
+        while slow_engine and sampled_under < self.step_count and unfinished(slow_engine):
+            time.sleep(0.001)
+        return learner_step(self, *arguments)
+
+    monkeypatch.setattr(Learner, "step", patient)
     monkeypatch.setattr(TorchEngine, "_decode", unhurried)
     ledger = await finish(config, redis, monkeypatch, workers=2)
     assert ledger["stale"] == 0
     groups = list(enumerate(groups_of(config)))
     slowest = max(groups, key=lambda each: len({span.version for t in each[1].trajectories for span in t.spans}))
     step, versions = slowest[0] // 2, {span.step for t in slowest[1].trajectories for span in t.spans}
-    assert len(versions) >= 15, "it was sampled under one version after the other"
-    assert step - min(versions) >= 15
+    assert len(versions) == 20, "it was sampled under one version after the other"
+    assert step - min(versions) >= 19
     assert all(index // 2 - group.oldest_step <= 21 for index, group in groups)
