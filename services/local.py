@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from sapo_learner.errors import ConfigError, Mismatch, SapoError, Unauthenticated, Unavailable
+from services.process_logs import ProcessLogs
 from services.run_directory import LocalServices, forget_services, live_services
 from services.runstore import EmbeddedRedis
 from services.runtime.client import ControlPlaneClient
@@ -67,7 +68,7 @@ class LocalRun:
             raise Unavailable(
                 "another `sapo up` runs on this directory", where=str(self.directory), fix="stop it first"
             )
-        (self.directory / "logs").mkdir(parents=True, exist_ok=True)
+        self._logs = ProcessLogs(self.directory / "logs")
         self._write_config()
         self._redis = None if os.environ.get("SAPO_REDIS_URL") else EmbeddedRedis(self.directory / "redis")
         self._token = os.environ.get("SAPO_TOKEN") or secrets.token_urlsafe(24)
@@ -131,7 +132,7 @@ class LocalRun:
             child.once = []
         if child.name == "redis" and self._redis:
             child.command = self._redis.command()
-        with (self.directory / "logs" / f"{child.name}.log").open("ab") as output:
+        with self._logs.open(child.name) as output:
             child.process = await asyncio.create_subprocess_exec(
                 *child.command, *child.once, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
                 env=self._environment(), start_new_session=True, preexec_fn=_die_with_parent(),
@@ -204,13 +205,12 @@ class LocalRun:
         return len(child.deaths) == DEATHS and last - first < WITHIN_SECONDS and progress == now
 
     def _fail(self, child: Child, code: int) -> None:
-        path = self.directory / "logs" / f"{child.name}.log"
-        lines = path.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        lines = self._logs.last_lines(child.name, LAST_LINES)
         kind = next((each for each in SapoError.__subclasses__() if each.exit_code == code), SapoError)
         error = kind(
             f"{child.name} died ({_reason(code, meaning=True)}) and restarting does not help; its last words:\n  "
             + "\n  ".join(lines),
-            fix=f"the whole log: {path}{_little_room(self.directory)}",
+            fix=f"the whole log: {self._logs.path(child.name)}{_little_room(self.directory)}",
         )
         if not self._failure.done():
             self._failure.set_exception(error)
@@ -226,6 +226,7 @@ class LocalRun:
                 self.status = await self.control.status()
             except SapoError as error:
                 log.debug("no status: %s", error)
+            self._logs.shorten()
             await asyncio.sleep(0.4)
 
     async def finished(self, stop: asyncio.Event, draw: Callable[["LocalRun"], None]) -> bool:

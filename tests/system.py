@@ -5,14 +5,17 @@ async with system(config, redis_url) as running:
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import SecretStr
 
+from sapo_learner.policy import tiny_policy, write_policy
 from services.control_plane.service import serve as serve_control_plane
 from services.ingest.service import serve as serve_ingest
 from services.learner.service import serve as serve_learner
@@ -20,7 +23,21 @@ from services.rollout.service import serve as serve_rollout
 from services.runtime.client import ControlPlaneClient
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.settings import Environment, RunConfig
-from tests.small_run import TOKEN, free_address
+from tests.recorded import ALPHABET
+from tests.small_run import TOKEN, free_address, run_config
+
+
+def jsonl_run(directory: Path, prompts: int, answer: str, **sections: dict[str, Any]) -> RunConfig:
+    """Prompts of the tiny policy's alphabet, all with one answer; everything is trained on, two are held out."""
+    model, problems, held_out = directory / "model-in", directory / "problems.jsonl", directory / "held-out.jsonl"
+    directory.mkdir(exist_ok=True)
+    write_policy(tiny_policy(ALPHABET, seed=0), model)
+    lines = [json.dumps({"prompt": f"{number}+1=", "answer": answer}) for number in range(prompts)]
+    problems.write_text("\n".join(lines))
+    held_out.write_text("\n".join(lines[:2]))
+    config = run_config(directory / "run", policy={"source": str(model)}, **sections)
+    task = {"name": "jsonl", "path": str(problems), "held_out_path": str(held_out), "match": "regex", "pattern": "(.)"}
+    return RunConfig.model_validate(config.model_dump() | {"task": task})
 
 
 @dataclass

@@ -44,8 +44,9 @@ class ControlPlane:
         self.config, self._store, self._token, self._metrics = config, store, token, metrics
         directory, training = config.run.directory, config.training
         self.policies = Policies(
-            store, token, directory / "snapshots", keep=config.snapshots_kept, max_policy_age=training.max_policy_age
-        )
+            store, token, directory / "snapshots", keep=config.snapshots_kept, max_policy_age=training.max_policy_age,
+            steps_back=(config.checkpoint.keep + 1) * config.checkpoint.every,  # the oldest goes when a newer is there
+        )  # fmt: skip
         self.record = Record(directory / "record.jsonl")
         task = build(config.task)
         self._sampler = PlainSampler(task.problems("train"), config.run.seed)

@@ -24,11 +24,15 @@ class Policies:
     """Blobs and manifests under `directory`; numbers and the current version in the run store.
 
     token: the control plane's. keep: versions kept, at least. max_policy_age: steps that a version may lie behind the
-    current one and still be what groups in training were sampled under.
+    current one and still be what groups in training were sampled under. steps_back: how far a restored learner may go
+    back and publish again.
     """
 
-    def __init__(self, store: RunStore, token: int, directory: Path, *, keep: int, max_policy_age: int) -> None:
+    def __init__(
+        self, store: RunStore, token: int, directory: Path, *, keep: int, max_policy_age: int, steps_back: int
+    ) -> None:
         self._store, self._token, self._keep, self._max_policy_age = store, token, keep, max_policy_age
+        self._steps_back = steps_back
         self.blobs = BlobDirectory(directory / "blobs")
         self._manifests, self._facts = directory / "manifests", directory / "facts.json"
         self._manifests.mkdir(parents=True, exist_ok=True)
@@ -115,10 +119,13 @@ class Policies:
             if not steps:
                 return
             versions = sorted(steps)
-            oldest = steps[versions[-1]] - self._max_policy_age
+            newest = steps[versions[-1]]
+            oldest, oldest_again = newest - self._max_policy_age, newest - self._steps_back
             forgotten: dict[str, float] = {}  # blob -> when a manifest that named it was registered
             for version in versions[: -self._keep]:
-                if steps[version] < oldest and version not in pinned and await self._store.forget(version):
+                if steps[version] >= oldest or version in pinned:
+                    continue
+                if await self._store.forget(version, oldest_again):
                     forgotten |= self._forget(self._path(version))
             wanted = {blob.sha256 for manifest in self._on_disk() for blob in manifest.blobs()}
             await asyncio.to_thread(self.blobs.keep_only, wanted, forgotten)

@@ -19,7 +19,7 @@ attempts        hash    draw -> its newest attempt, until it is accepted
 registry        hash    version, step: the current policy; version -1: none yet; missing: not restored yet
 versions        hash    known version -> "<step> <digest>"
 manifests       hash    known version -> manifest, JSON
-published       hash    "<step> <digest>" -> version; outlives forgotten versions, so that numbers do not repeat
+published       hash    "<step> <digest>" -> version; outlives forgotten versions as far back as a learner may go
 facts           hash    vocabulary size, digests: what every worker must agree on
 documents:NAME  hash    id -> JSON, collections that the control plane owns (evaluation leases, ...)
 workers         hash    worker -> "<seen ms> <report>"

@@ -79,9 +79,14 @@ class Registry(Connection):
         pairs: dict[bytes, bytes] = await self._command("HGETALL", "versions")
         return {int(version): int(pair.split()[0]) for version, pair in sorted(pairs.items(), key=lambda x: int(x[0]))}
 
-    async def forget(self, version: int) -> bool:
-        """Drop an old version: groups sampled under it will be refused as unknown. False: it is the current one."""
-        return bool(await self._script("forget", ["registry", "versions", "manifests"], version))
+    async def forget(self, version: int, oldest_step: int = 0) -> bool:
+        """Drop an old version: groups sampled under it will be refused as unknown. False: it is the current one.
+
+        oldest_step: the earliest that a learner may still go back to; forgotten versions of earlier steps lose their
+        (step, digest), so that those do not add up for ever.
+        """
+        keys = ["registry", "versions", "manifests", "published"]
+        return bool(await self._script("forget", keys, version, oldest_step))
 
     async def _policy(self, version: int) -> Policy | None:
         pair, manifest = await asyncio.gather(

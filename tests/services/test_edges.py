@@ -1,6 +1,5 @@
 """Runs at the edge of what is usual flow and end, and their books balance: the whole system in this process."""
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from sapo_learner.archive import Archive
 from sapo_learner.control import GROUP
 from sapo_learner.learner import Learner, UpdateReport
-from sapo_learner.policy import tiny_policy, write_policy
 from sapo_learner.trajectory import TrajectoryGroup
 from services.replay import replay
 from services.rollout.engines.torch_engine import TorchEngine
@@ -20,24 +18,9 @@ from services.run_directory import audit_run
 from services.runstore import EmbeddedRedis
 from services.runtime.settings import RunConfig
 from services.wire import decode
-from tests.recorded import ALPHABET
-from tests.small_run import run_config
-from tests.system import system
+from tests.system import jsonl_run, system
 
 pytestmark = [pytest.mark.timeout(120)]
-
-
-def jsonl_run(directory: Path, prompts: int, answer: str, **sections: dict[str, Any]) -> RunConfig:
-    """Prompts of the tiny policy's alphabet, all with one answer; everything is trained on, two are held out."""
-    model, problems, held_out = directory / "model-in", directory / "problems.jsonl", directory / "held-out.jsonl"
-    directory.mkdir(exist_ok=True)
-    write_policy(tiny_policy(ALPHABET, seed=0), model)
-    lines = [json.dumps({"prompt": f"{number}+1=", "answer": answer}) for number in range(prompts)]
-    problems.write_text("\n".join(lines))
-    held_out.write_text("\n".join(lines[:2]))
-    config = run_config(directory / "run", policy={"source": str(model)}, **sections)
-    task = {"name": "jsonl", "path": str(problems), "held_out_path": str(held_out), "match": "regex", "pattern": "(.)"}
-    return RunConfig.model_validate(config.model_dump() | {"task": task})
 
 
 def groups_of(config: RunConfig) -> list[TrajectoryGroup]:

@@ -203,6 +203,20 @@ async def test_a_learner_that_goes_back_does_not_push_out_versions_that_training
         assert set(steps.values()) >= {3, 4, 5}
 
 
+async def test_a_forgotten_version_keeps_its_number_as_far_back_as_a_learner_may_go(
+    redis: EmbeddedRedis, tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, training={"steps": 99, "max_policy_age": 0}, checkpoint={"every": 2, "keep": 1})
+    async with control_plane(config, redis.url) as running:
+        learner = await Learner(running).start()
+        for step in range(1, 41):
+            await learner.publish(step)
+        assert 37 not in await running.store.versions()
+        assert (await learner.publish(37)).version == 37, "the last checkpoint may be four steps old"
+        assert await running.store._command("HLEN", "published") <= 6, "memory does not grow with the run"
+        assert (await learner.publish(5)).version == 41, "a new number: never one that something else has"
+
+
 async def test_a_version_pinned_by_an_evaluation_outlives_its_time(redis: EmbeddedRedis, tmp_path: Path) -> None:
     config = run_config(
         tmp_path, training={"steps": 30, "max_policy_age": 1}, task={"held_out_every": 10}, evaluation={"every": 1}
