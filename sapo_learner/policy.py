@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
 from sapo_learner.errors import ConfigError, Mismatch
@@ -44,9 +44,7 @@ class Policy:
     @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a response."""
-        configured = self.model.generation_config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
-        return frozenset(each for each in [*ids, self.tokenizer.eos_token_id] if each is not None)
+        return _end_ids(self.model.generation_config.eos_token_id, self.tokenizer)
 
     @property
     def head_weight(self) -> Tensor:
@@ -73,6 +71,38 @@ class Policy:
         for name, tensor in state.items():
             seen.setdefault(tensor.data_ptr(), name)
         return {name: state[name] for name in seen.values()}
+
+
+@dataclass(frozen=True)
+class PolicyDescription:
+    """What an engine that loads the weights itself must know of a policy."""
+
+    tokenizer: Any
+    end_ids: frozenset[int]
+    """Token ids that end a response."""
+    vocabulary: int
+    context: int | None
+
+
+def describe_policy(directory: Path) -> PolicyDescription:
+    """From the small files of a model directory, without building the model. Raises ConfigError."""
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        generation = GenerationConfig.from_model_config(config)
+        if (directory / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ConfigError(f"transformers cannot read it: {reason}", where=f"policy {directory}") from error
+    end_ids = _end_ids(generation.eos_token_id, tokenizer)
+    context = getattr(config, "max_position_embeddings", None)
+    return PolicyDescription(tokenizer, end_ids, int(config.vocab_size), context)
+
+
+def _end_ids(configured: int | list[int] | None, tokenizer: Any) -> frozenset[int]:
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(each for each in [*ids, tokenizer.eos_token_id] if each is not None)
 
 
 def load_policy(directory: Path, *, weights: bool = True) -> Policy:

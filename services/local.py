@@ -33,6 +33,7 @@ from services.runtime.settings import RunConfig, dump_config
 log = logging.getLogger(__name__)
 
 DEATHS, WITHIN_SECONDS = 3, 60.0
+VLLM_START_SECONDS = 60.0  # which a worker needs before it can die of anything
 HOPELESS = (ConfigError.exit_code, Unauthenticated.exit_code, Mismatch.exit_code)
 STOP_SECONDS = 20.0
 LAST_LINES = 12
@@ -51,6 +52,7 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     state: str = "starting"
     restarts: int = 0
+    within_seconds: float = WITHIN_SECONDS  # DEATHS of them without progress stop the run
     deaths: deque[tuple[float, Any]] = field(default_factory=lambda: deque(maxlen=DEATHS))  # when, progress then
 
     @property
@@ -89,6 +91,8 @@ class LocalRun:
         self._newest_saved = self._saved()
         for index in range(workers):
             self._add("rollout", ["--name", f"rollout-{index}"], name=f"rollout-{index}")
+            if self.config.engine.name == "vllm":
+                self.children[f"rollout-{index}"].within_seconds += (DEATHS - 1) * VLLM_START_SECONDS
 
     def _write_config(self) -> None:
         """For the control plane: the configuration with the run's directory made absolute."""
@@ -202,7 +206,7 @@ class LocalRun:
 
     def _keeps_dying(self, child: Child) -> bool:
         (first, progress), (last, now) = child.deaths[0], child.deaths[-1]
-        return len(child.deaths) == DEATHS and last - first < WITHIN_SECONDS and progress == now
+        return len(child.deaths) == DEATHS and last - first < child.within_seconds and progress == now
 
     def _fail(self, child: Child, code: int) -> None:
         lines = self._logs.last_lines(child.name, LAST_LINES)

@@ -53,9 +53,11 @@ def _process(process: dict[str, Any]) -> str:
 
 def _worker(worker: dict[str, Any]) -> str:
     waits = f", waits for {worker['waiting_for']}" if worker["waiting_for"] else ""
+    probe = worker.get("probe")
+    agrees = f", within {probe['max']:.1e} nats of the learner (mean {probe['mean']:.1e})" if probe else ""
     return (
         f"{worker['worker']}: version {worker['version']}, {worker['rows']} rows, "
-        f"{worker['tokens_per_second']:,.0f} tokens/s, heard of {worker['age_seconds']:.1f} s ago{waits}"
+        f"{worker['tokens_per_second']:,.0f} tokens/s, heard of {worker['age_seconds']:.1f} s ago{agrees}{waits}"
     )
 
 

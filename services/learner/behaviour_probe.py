@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from sapo_learner.logprobs import token_logprobs
 from sapo_learner.manifest import Manifest
 from sapo_learner.policy import Policy, load_weights
+from sapo_learner.probe import sequence_logprobs
 from sapo_learner.snapshot import read_snapshot
 from sapo_learner.trajectory import TrajectoryGroup
 from services.runtime.client import ControlPlaneClient
@@ -61,24 +60,10 @@ class BehaviourProbe:
             load_weights(self._spare, read_snapshot(manifest, lambda sha256: self._scratch / sha256))
             for response in group.trajectories:
                 chosen = response.loss_mask & (response.token_versions() == version)
-                recomputed = self._logprobs(group.prompt_ids, response.token_ids, group.sampling.temperature)
+                recomputed = sequence_logprobs(
+                    self._spare, group.prompt_ids.tolist(), response.token_ids.tolist(), group.sampling.temperature
+                )
                 differences.append(np.abs(recomputed - response.behaviour_logprobs)[chosen].astype(np.float64))
         values = np.concatenate(differences)
         mixed = sum(len(response.spans) > 1 for response in group.trajectories)
         return ProbeReport(step, float(values.max()), float(values.mean()), len(values), mixed)
-
-    @torch.no_grad()
-    def _logprobs(
-        self, prompt_ids: NDArray[np.int32], token_ids: NDArray[np.int32], temperature: float
-    ) -> NDArray[np.float32]:
-        ids = torch.from_numpy(np.concatenate([prompt_ids, token_ids]).astype(np.int64))[None]
-        hidden = self._spare.hidden(ids, torch.ones_like(ids, dtype=torch.bool))[0, len(prompt_ids) - 1 : -1]
-        logprobs, _ = token_logprobs(
-            hidden,
-            self._spare.head_weight,
-            ids[0, len(prompt_ids) :],
-            temperature=temperature,
-            bias=self._spare.head_bias,
-        )
-        values: NDArray[np.float32] = logprobs.numpy()
-        return values

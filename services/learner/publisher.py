@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sapo_learner.errors import Fenced
-from sapo_learner.manifest import Manifest
+from sapo_learner.manifest import Manifest, Probe
 from sapo_learner.policy import Policy
 from sapo_learner.snapshot import write_snapshot
 from services.runtime import api
@@ -24,14 +25,21 @@ RETRY_SECONDS = 2.0  # between two tries to write to a disk that is full
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights as they were after a step: copies, because training goes on."""
+    """Weights as they were after a step: copies, because training goes on. probe: what the learner makes of them."""
 
     step: int
     tensors: Mapping[str, Tensor]
+    probe: Probe | None = None
 
 
-def copy_weights(policy: Policy, step: int) -> Snapshot:
-    return Snapshot(step, {name: tensor.detach().clone() for name, tensor in policy.tensors().items()})
+def copy_weights(policy: Policy, step: int, dtype: str = "float32") -> Snapshot:
+    """dtype: what they will be published in, torch's name; the copies are rounded to it, but keep the policy's own."""
+    return Snapshot(step, {name: _rounded(tensor.detach(), dtype) for name, tensor in policy.tensors().items()})
+
+
+def _rounded(tensor: Tensor, dtype: str) -> Tensor:
+    target = getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(target, copy=True).to(tensor.dtype)
 
 
 class Publisher:
@@ -129,7 +137,7 @@ class Publisher:
             self._empty_staging()
             return None
         self._full = False
-        return manifest
+        return manifest.model_copy(update={"probe": snapshot.probe})
 
     async def _upload(self, manifest: Manifest) -> None:
         try:

@@ -22,7 +22,7 @@ from sapo_learner.policy import load_policy
 from sapo_learner.train import StepReport
 from services.learner.base_policy import base_policy
 from services.learner.behaviour_probe import BehaviourProbe
-from services.learner.publisher import Publisher, Snapshot, copy_weights
+from services.learner.publisher import Publisher, Snapshot
 from services.learner.reader import Reader
 from services.learner.session import Progress, StepNews, TrainingSession
 from services.runstore import RunStore
@@ -94,7 +94,7 @@ class _Service:
                 metrics=self._metrics,
             )  # fmt: skip
             self._lifecycle.wait_for("start", "the first snapshot's publication")
-            await publisher.publish(copy_weights(policy, session.learner.step_count))
+            await publisher.publish(await asyncio.to_thread(session.snapshot))
             model_directory = publisher.write_model_directory(directory / "model")
             if config.probe.behaviour_every:
                 spare = load_policy(model_directory, weights=False)

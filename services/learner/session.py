@@ -7,7 +7,7 @@ each step   checkpoint when due, then publish when due, then the step's line for
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sapo_learner.errors import Corrupt, NotFound, Unavailable
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
 from sapo_learner.policy import Policy
+from sapo_learner.probe import draw_sequence, measure
 from sapo_learner.resume import capture, environment, restore
 from sapo_learner.train import Position, StepReport, train
 from services.learner.attention import Attention
@@ -61,6 +62,7 @@ class TrainingSession:
         self._skips = skips.read(archive.directory)
         self._attention = Attention(config.run.directory / "learner.attention", self._skips)
         self.learner = Learner(policy, config.learner, temperature=config.sampling.temperature)
+        self._probe_ids = draw_sequence(policy, seed=config.run.seed, context=config.engine.vllm.max_model_len)
         self.position = Position()
         self.log = ArchiveLog(archive)
         self.progress = Progress()
@@ -103,6 +105,15 @@ class TrainingSession:
     def settings_ahead(self) -> LearnerSettings:
         """The settings that will be in force once everything archived is consumed."""
         return last_settings(self._archive.entries(self.position.cursor), self.learner.settings)
+
+    def snapshot(self) -> Snapshot:
+        """The weights as they are now, as they are published, with the numbers that engines must come to (I4).
+
+        Raises Corrupt for weights that give no finite log-probs.
+        """
+        policy = self.learner.policy
+        copied = copy_weights(policy, self.learner.step_count, self._config.policy.dtype)
+        return replace(copied, probe=measure(policy, copied.tensors, self._probe_ids))
 
     def save(self) -> None:
         """Checkpoint the state as it is now, unless it is saved already. Raises Unavailable; see `_write`."""
@@ -178,7 +189,7 @@ class TrainingSession:
             if number % config.checkpoint.every == 0 or number == last:
                 self.save()
             if number % config.pacing.publish_every == 0 or number == last:
-                publish(copy_weights(self.learner.policy, number))
+                publish(self.snapshot())
             waiting = self.log.waited_seconds - waited
             report(StepNews(step_record(step, started + waiting, ended, waiting), step, self._note_progress()))
             started, waited = time.time(), self.log.waited_seconds

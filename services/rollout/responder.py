@@ -2,14 +2,15 @@
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from sapo_learner.errors import Unavailable
+from sapo_learner.errors import Corrupt, Unavailable
 from sapo_learner.trajectory import FinishReason
-from services.rollout.engines import Engine, Sampled, SampleRequest
+from services.rollout.engines import Engine, Sampled, SampleRequest, TokenDelta
 from services.runtime.api import ProblemBody
 from services.runtime.metrics import RolloutMetrics
 from services.runtime.settings import SamplingSettings
@@ -43,7 +44,7 @@ class Responder:
     ) -> list[Sampled]:
         """`count` responses, the same for the same seed and weights. progress: told the number of new tokens.
 
-        Cancelling aborts them all. Raises Unavailable when the engine is gone.
+        Cancelling aborts them all. Raises Unavailable when the engine is gone, Corrupt when a log-prob is not finite.
         """
         seeds = np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
         async with asyncio.TaskGroup() as group:
@@ -57,12 +58,24 @@ class Responder:
     async def _one(self, request: SampleRequest, progress: Callable[[int], None]) -> Sampled:
         sampled = Sampled()
         async for delta in self._engine.generate(request):
+            self._require_finite(delta)
             sampled.add(delta)
             self._metrics.tokens.inc(len(delta.token_ids))
             progress(len(delta.token_ids))
         if sampled.finish_reason is None:
             raise Unavailable(f"{request.id} ended after {len(sampled.token_ids)} tokens", where=self._engine.name)
         return sampled
+
+    def _require_finite(self, delta: TokenDelta) -> None:
+        """One NaN stays in an engine's cache and comes back in later responses, so only a fresh engine may go on."""
+        if all(map(math.isfinite, delta.logprobs)):
+            return
+        self._metrics.dropped.labels("not finite").inc()
+        raise Corrupt(
+            f"a log-prob sampled under version {delta.policy.version} is not finite; the response is dropped",
+            where=self._engine.name,
+            fix="the worker ends, to start with a fresh engine; when it comes again, look at the engine's dtype",
+        )
 
 
 def ended(sampled: Sampled) -> FinishReason:

@@ -16,9 +16,8 @@ import torch
 from protos.sapo.v1 import ingest_pb2 as pb
 from sapo_learner.errors import ConfigError, Mismatch, NotFound
 from sapo_learner.manifest import Manifest
-from sapo_learner.policy import Policy, load_policy, load_weights
 from sapo_learner.trajectory import SCHEMA_VERSION
-from services.rollout.engines.torch_engine import TorchEngine
+from services.rollout.engines.starting import Started, start_engine
 from services.rollout.follower import Follower, PolicyStore, listen, served
 from services.rollout.responder import Responder
 from services.rollout.sender import GroupSender
@@ -55,7 +54,7 @@ async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, ht
             config = await control.config()
             torch.set_num_threads(config.engine.threads)
             parts = _Parts(name, control, PolicyStore(control, scratch), metrics)
-            first = await _first_policy(lifecycle, parts.store)
+            first = await _first_policy(lifecycle, config, parts.store)
             if first is not None:
                 await _work(lifecycle, environment, config, parts, *first)
 
@@ -77,13 +76,13 @@ def _scratch(worker: str) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-async def _first_policy(lifecycle: Lifecycle, store: PolicyStore) -> tuple[Manifest, Policy] | None:
-    """The current policy, verified and loaded; None when asked to stop before there is one."""
+async def _first_policy(lifecycle: Lifecycle, config: RunConfig, store: PolicyStore) -> tuple[Manifest, Started] | None:
+    """The current policy and an engine that serves it; None when asked to stop before there is one."""
     failures = 0
     while not lifecycle.stopping.is_set():
         try:
             manifest = await store.fetch()
-            return manifest, await asyncio.to_thread(_load, store, manifest)
+            return manifest, await start_engine(config, store, manifest, served(manifest))
         except NotFound:  # nothing published yet, or superseded while being fetched
             lifecycle.wait_for("start", "the learner's first policy")
             await lifecycle.sleep(0.25)
@@ -96,16 +95,15 @@ async def _first_policy(lifecycle: Lifecycle, store: PolicyStore) -> tuple[Manif
     return None
 
 
-def _load(store: PolicyStore, manifest: Manifest) -> Policy:
-    policy = load_policy(store.write_model_directory(manifest), weights=False)
-    load_weights(policy, store.tensors(manifest))
-    return policy
-
-
 async def _work(
-    lifecycle: Lifecycle, environment: Environment, config: RunConfig, parts: _Parts, manifest: Manifest, policy: Policy
+    lifecycle: Lifecycle,
+    environment: Environment,
+    config: RunConfig,
+    parts: _Parts,
+    manifest: Manifest,
+    started: Started,
 ) -> None:
-    engine = TorchEngine(policy, served(manifest), slots=config.engine.slots)
+    engine = started.engine
     try:
         hello = pb.Hello(
             worker=parts.name, tokenizer_digest=manifest.tokenizer_digest, model_digest=manifest.model_digest,
@@ -115,15 +113,21 @@ async def _work(
             environment.require("ingest_address"), environment.require("token"), hello,
             patience=environment.patience_seconds,
         )  # fmt: skip
-        responder = Responder(engine, policy.tokenizer, build(config.task), config.sampling, parts.metrics)
-        follower = Follower(engine, parts.store, parts.metrics)
+        responder = Responder(engine, started.tokenizer, build(config.task), config.sampling, parts.metrics)
+        follower = Follower(engine, parts.store, parts.metrics, dtype=_computes_in(config, manifest))
+        lifecycle.wait_for("start", "the engine's answer to the probe")
+        await follower.prove(manifest)
         worker = Worker(parts.name, config, engine, responder, follower, parts.control, sender, parts.metrics)
-        parts.metrics.version.set(engine.policy_version.version)
         log.info("worker %s serves version %d with %s", parts.name, engine.policy_version.version, engine.name)
         lifecycle.ready()
         await _run(lifecycle, worker, follower, sender, parts.control)
     finally:
         await engine.close()
+
+
+def _computes_in(config: RunConfig, manifest: Manifest) -> str:
+    """The dtype of the engine's arithmetic: the small engine's is float32, whatever the weights were rounded to."""
+    return config.engine.vllm.dtype or manifest.dtype if config.engine.name == "vllm" else "float32"
 
 
 async def _run(

@@ -1,7 +1,7 @@
 """The sampling loop: lease draws, sample their groups, score them, send them; evaluate held-out problems when asked.
 
 leases      consumes free places in the engine; produces group tasks; waits for the control plane's pacing
-groups      one task per draw: sample, score, send, wait for the final ack
+groups      one task per draw: sample, score, wait until the policy is proved, send, wait for the final ack
 heartbeat   every second, and after each weight swap: renews leases by the tokens sampled for them, watches the engine
 
 A lost lease ends its group's sampling, nothing else. Any other error in a group (a bug in scoring, a dead engine) ends
@@ -18,6 +18,7 @@ import numpy as np
 
 from protos.sapo.v1 import ingest_pb2 as pb
 from sapo_learner.errors import InvalidTrajectory, SapoError
+from sapo_learner.probe import ProbeResult
 from sapo_learner.trajectory import Trajectory, TrajectoryGroup
 from services.rollout.engine_watch import EngineWatch
 from services.rollout.engines import Engine, Sampled
@@ -163,7 +164,7 @@ class Worker:
                     worker=self.name, version=policy.version, step=policy.step, rows=health.rows, tokens=health.tokens,
                     tokens_per_second=rate, busy=self._engine.busy_intervals(), leases=self._take_progress(),
                     waiting_for="" if self._working else self._waiting_for or "lease",
-                    mixed_version_responses=self._mixed, notes=self._notes,
+                    mixed_version_responses=self._mixed, notes=self._notes, probe=_figures(self._follower.probe),
                 )
             )  # fmt: skip
         self._follower.hint(response.version)
@@ -197,6 +198,7 @@ class Worker:
         sampled = await self._responder.respond(prompt_ids, draw.seed, self._config.sampling.group_size, progress)
         lease.sampled = True
         rewards = await self._responder.rewards(draw.problem, sampled)
+        await self._follower.proved(max((span.version for each in sampled for span in each.spans), default=-1))
         self._observe(sampled)
         self._look_for_success(draw.problem, sampled, rewards)
         lease.sent = True
@@ -246,6 +248,10 @@ class Worker:
             log.error("ingest refused draw %d: %s", ack.draw, ack.reason)
         if self._invalid >= MAX_INVALID:
             raise InvalidTrajectory(f"ingest refused {self._invalid} groups in a row, the last: {ack.reason}")
+
+
+def _figures(probe: ProbeResult | None) -> api.ProbeFigures | None:
+    return api.ProbeFigures(max=probe.max_abs_difference, mean=probe.mean_abs_difference) if probe else None
 
 
 def _short(text: str) -> str:

@@ -89,6 +89,13 @@ class LeaseProgress(BaseModel):
     """Sampled for this lease since its last renewal; a lease without any is not renewed."""
 
 
+class ProbeFigures(BaseModel):
+    """How far the engine's log-probs are from the learner's on the newest version's probe, in nats."""
+
+    max: Finite
+    mean: Finite
+
+
 class Heartbeat(RequestBody):
     worker: WorkerName
     version: Count
@@ -106,6 +113,7 @@ class Heartbeat(RequestBody):
     """Since the worker started."""
     notes: list[str] = []
     """What a person should know of, until the worker ends."""
+    probe: ProbeFigures | None = None
 
 
 class HeartbeatResponse(BaseModel):

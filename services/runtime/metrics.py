@@ -87,6 +87,17 @@ class RolloutMetrics(_Metrics):
         self.sync_failures = self._counter(
             "sapo_weight_sync_failures", "Versions that could not be fetched or verified"
         )
+        self.probe_max = self._gauge(
+            "sapo_rollout_probe_max_abs_difference",
+            "Engine against learner on the newest version's probe, nats, largest",
+        )
+        self.probe_mean = self._gauge(
+            "sapo_rollout_probe_mean_abs_difference", "Engine against learner on the newest version's probe, nats, mean"
+        )
+        self.probe_misses = self._counter(
+            "sapo_rollout_probe_misses", "Versions that the engine computes otherwise than the learner"
+        )
+        self.dropped = self._counter("sapo_rollout_dropped_samples", "Responses thrown away, by why", ("reason",))
 
 
 class LearnerMetrics(_Metrics):

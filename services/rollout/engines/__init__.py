@@ -101,8 +101,9 @@ class Engine(Protocol):
         Raises Mismatch for tensors of another model; the engine then goes on under the policy it has.
         """
 
-    async def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int], temperature: float) -> list[float]:
-        """Log-probs of given response tokens under the current policy, as sampling them would have recorded."""
+    async def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        """Log-probs of given response tokens under the current policy: the model's own, whatever is sampled at, so at
+        temperature 1 as sampling them would have recorded. Not every engine can score at another one."""
 
     def busy_intervals(self) -> list[tuple[float, float]]:
         """Unix times between which tokens were being sampled, since the last call."""

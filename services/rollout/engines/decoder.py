@@ -169,7 +169,7 @@ class BatchDecoder:
         return self._report(due, stopped, full) if due else {}
 
     @torch.no_grad()
-    def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int], temperature: float) -> list[float]:
+    def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
         """Log-probs of `token_ids` after `prompt_ids`: a plain forward pass, without the cache."""
         ids = torch.tensor([[*prompt_ids, *token_ids]])
         hidden = self.policy.hidden(ids, torch.ones_like(ids, dtype=torch.bool))[0, len(prompt_ids) - 1 : -1]

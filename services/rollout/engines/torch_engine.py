@@ -9,7 +9,6 @@ import contextlib
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +18,9 @@ from sapo_learner.errors import ConfigError, SapoError, Unavailable
 from sapo_learner.memory import enough_memory
 from sapo_learner.policy import Policy
 from services.rollout.engines import EngineHealth, PolicyVersion, SampleRequest, TokenDelta
+from services.rollout.engines.busy import BusyTime
 from services.rollout.engines.decoder import BatchDecoder
 
-MERGE_SECONDS = 0.005  # decoding pauses shorter than this count as busy
-INTERVALS_KEPT = 4096  # of busy time that nobody has asked for
 CLOSE_SECONDS = 10.0
 
 
@@ -40,8 +38,7 @@ class TorchEngine:
         self._waiting: list[SampleRequest] = []  # the thread's own
         self._outputs: dict[str, asyncio.Queue[TokenDelta | None]] = {}  # the loop's own, like _calls
         self._calls: set[asyncio.Future[Any]] = set()
-        self._busy: deque[tuple[float, float]] = deque(maxlen=INTERVALS_KEPT)
-        self._busy_lock = threading.Lock()
+        self._busy = BusyTime()
         self._sampled = 0
         self._ended: str | None = None  # why the thread is no more
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
@@ -78,15 +75,12 @@ class TorchEngine:
     async def update_weights(self, tensors: Mapping[str, Any], policy: PolicyVersion) -> None:
         await self._call(lambda: self._deliver(self._decoder.update_weights(tensors, policy)))
 
-    async def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int], temperature: float) -> list[float]:
-        values: list[float] = await self._call(lambda: self._decoder.score(prompt_ids, token_ids, temperature))
+    async def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        values: list[float] = await self._call(lambda: self._decoder.score(prompt_ids, token_ids))
         return values
 
     def busy_intervals(self) -> list[tuple[float, float]]:
-        with self._busy_lock:
-            intervals = list(self._busy)
-            self._busy.clear()
-        return intervals
+        return self._busy.take()
 
     async def health(self) -> EngineHealth:
         return EngineHealth(self._ended is None, self._decoder.active, self._sampled, self._ended or "")
@@ -210,11 +204,7 @@ class TorchEngine:
         deltas = self._decoder.step()
         self._sampled += rows
         self._deliver(deltas)
-        ended = time.time()
-        with self._busy_lock:
-            if self._busy and started - self._busy[-1][1] < MERGE_SECONDS:
-                started = self._busy.pop()[0]
-            self._busy.append((started, ended))
+        self._busy.add(started, time.time())
 
     def _abort(self, request_id: str) -> None:
         self._waiting = [each for each in self._waiting if each.id != request_id]

@@ -1,6 +1,8 @@
 """Publishing beside training: the newest waits, those between are skipped, what is published is what was trained."""
 
 import asyncio
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 
 from sapo_learner.errors import Corrupt, Fenced
 from sapo_learner.manifest import Blob, Manifest
-from sapo_learner.policy import Policy, load_policy, tiny_policy, write_policy
+from sapo_learner.policy import Policy, load_policy, load_weights, tiny_policy, write_policy
+from sapo_learner.probe import draw_sequence, measure, sequence_logprobs
 from sapo_learner.snapshot import read_snapshot, weights_digest
 from services.learner.publisher import Publisher, copy_weights
 from services.runtime import api
@@ -85,6 +88,28 @@ async def test_what_is_published_is_the_weights_at_that_step(
         "model_digest": manifest.model_digest,
         "tokenizer_digest": manifest.tokenizer_digest,
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_I4_the_probe_in_the_manifest_is_what_the_published_weights_give(
+    control: ControlPlane, policy: Policy, tmp_path: Path, dtype: str
+) -> None:
+    publisher = Publisher(
+        control, policy, dtype=dtype, staging=tmp_path / "staging", token=7, metrics=LearnerMetrics()  # type: ignore[arg-type]
+    )  # fmt: skip
+    plain = await publisher.publish(copy_weights(policy, 3))
+    copied = copy_weights(policy, 3, dtype)
+    probe = measure(policy, copied.tensors, draw_sequence(policy, seed=3))
+    await publisher.publish(replace(copied, probe=probe))
+    manifest = Manifest.from_json(json.dumps(control.published[-1].manifest))
+    assert manifest.probe == probe
+    assert manifest.digest == plain.digest  # rounding early makes no other policy, and a probe is no part of it
+    assert plain.probe is None
+    served = load_policy(tmp_path / "base", weights=False)
+    load_weights(served, read_snapshot(manifest, lambda sha256: control.directory / sha256))
+    assert sequence_logprobs(served, probe.token_ids[:1], probe.token_ids[1:]).tolist() == pytest.approx(
+        probe.logprobs, abs=1e-6
+    )
 
 
 async def test_the_newest_waits_and_those_between_are_skipped(

@@ -8,8 +8,11 @@ import pytest
 
 from sapo_learner import checkpoint, skips
 from sapo_learner.errors import Corrupt, Mismatch, NotFound
+from sapo_learner.policy import load_weights
+from sapo_learner.probe import sequence_logprobs
 from sapo_learner.snapshot import weights_digest
 from services.learner.attention import Attention
+from services.learner.session import TrainingSession
 from services.replay import replay
 from tests.services.learner.recorded_run import Run
 
@@ -99,6 +102,36 @@ def test_a_learner_that_ended_in_peace_left_no_suspect(run: Run) -> None:
     for until in (1, 2, 3, 4, 5):
         run.train(until=until)
     assert not (run.directory / "learner.attention").read_bytes().strip(b"\0")
+
+
+# ---- the probe
+
+
+def test_I4_every_published_version_carries_the_numbers_of_its_weights(run: Run) -> None:
+    with run.session() as session:
+        published = [session.snapshot()]
+        session.run(published.append, lambda _: None)
+    assert [each.step for each in published] == list(range(STEPS + 1))
+    served = run.base()
+    for each in published:
+        load_weights(served, each.tensors)
+        assert each.probe is not None
+        first, *rest = each.probe.token_ids
+        assert each.probe.logprobs == tuple(sequence_logprobs(served, [first], rest).tolist())
+    assert len({each.probe.token_ids for each in published if each.probe}) == 1
+    assert len({each.probe.logprobs for each in published if each.probe}) > STEPS / 2
+
+
+def test_I3_the_probe_changes_no_bit_of_training(run: Run, uninterrupted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingSession, "snapshot", lambda _: None)
+    assert run.train() == uninterrupted
+
+
+def test_weights_whose_log_probs_are_not_finite_are_not_handed_to_the_publisher(run: Run) -> None:
+    with run.session() as session:
+        session.learner.policy.head_weight.data.fill_(float("nan"))
+        with pytest.raises(Corrupt, match="not published"):
+            session.snapshot()
 
 
 # ---- sapo replay

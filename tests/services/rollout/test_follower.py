@@ -2,22 +2,25 @@
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import torch
 from torch import Tensor
 
-from sapo_learner.errors import Mismatch, NotFound, Unavailable
-from sapo_learner.manifest import Blob, Manifest
+from sapo_learner.errors import Corrupt, Mismatch, NotFound, Unavailable
+from sapo_learner.manifest import Blob, Manifest, Probe
 from sapo_learner.snapshot import write_snapshot
 from services.rollout.engines import PolicyVersion
 from services.rollout.follower import Follower, PolicyStore, listen
 from services.runtime.metrics import RolloutMetrics
+
+PROBE = Probe(token_ids=(4, 5, 6, 7), logprobs=(-1.0, -2.0, -3.0))
 
 
 class ControlPlane:
@@ -28,6 +31,7 @@ class ControlPlane:
         self.manifests: list[Manifest] = []
         self.downloads: list[str] = []
         self.asked: asyncio.Queue[None] = asyncio.Queue()
+        self.probe: Probe | None = PROBE  # of what is published next
         self.disturb: Callable[[Manifest, Path], None] = lambda manifest, path: None
 
     def publish(self) -> Manifest:
@@ -37,7 +41,7 @@ class ControlPlane:
             tensors, step=3 * version, dtype="float32", files={"config.json": b"{}"}, directory=self._directory,
             part_bytes=100,
         )  # fmt: skip
-        self.manifests.append(made.model_copy(update={"version": version}))
+        self.manifests.append(made.model_copy(update={"version": version, "probe": self.probe}))
         return self.manifests[-1]
 
     async def manifest(self, version: int | None = None) -> Manifest:
@@ -54,9 +58,14 @@ class ControlPlane:
 
 
 class Engine:
-    """Notes what it is given to serve. `open`: cleared, a swap takes until it is set again."""
+    """Notes what it is given to serve. `open`: cleared, a swap takes until it is set again; `scoring`, scoring."""
+
+    name = "fake 1"
 
     def __init__(self) -> None:
+        self.scores = list(PROBE.logprobs)
+        self.scoring = asyncio.Event()
+        self.scoring.set()
         self.policy_version = PolicyVersion(0, 0)
         self.served: dict[str, Tensor] = {}
         self.swaps: asyncio.Queue[str] = asyncio.Queue()
@@ -69,13 +78,22 @@ class Engine:
         self.policy_version, self.served = policy, tensors
         self.swaps.put_nowait(f"serve {policy.version}")
 
+    async def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        assert (*prompt_ids, *token_ids) == PROBE.token_ids
+        self.swaps.put_nowait(f"score {self.policy_version.version}")
+        await self.scoring.wait()
+        return self.scores
+
 
 class Scene:
     def __init__(self, directory: Path) -> None:
         self.control, self.engine, self.metrics = ControlPlane(directory / "published"), Engine(), RolloutMetrics()
         self.store = PolicyStore(self.control, directory / "scratch")  # type: ignore[arg-type]
-        self.follower = Follower(self.engine, self.store, self.metrics, retry_seconds=0.001)  # type: ignore[arg-type]
+        self.follow("float32")
         self.control.publish()
+
+    def follow(self, dtype: str) -> None:
+        self.follower = Follower(self.engine, self.store, self.metrics, dtype=dtype, retry_seconds=0.001)  # type: ignore[arg-type]
 
     async def confirm(self) -> None:
         self.engine.swaps.put_nowait(f"confirm {self.engine.policy_version.version}")
@@ -94,16 +112,30 @@ class Scene:
         assert [await self.engine.swaps.get() for _ in events] == list(events)
 
     async def swapped(self, version: int) -> None:
-        await self.expect(f"begin {version}", f"serve {version}", f"confirm {version}")
+        await self.expect(f"begin {version}", f"serve {version}", f"score {version}", f"confirm {version}")
+
+    async def proved(self, version: int) -> bool:
+        """Whether what was sampled under the version may leave the worker, by now."""
+        waiting = asyncio.create_task(self.follower.proved(version))
+        await asyncio.wait([waiting], timeout=0.05)
+        waiting.cancel()
+        return waiting.done() and not waiting.cancelled()
+
+    def metric(self, name: str) -> Any:
+        return self.metrics.registry.get_sample_value(f"sapo_{name}")
 
     @property
     def failures(self) -> Any:
-        return self.metrics.registry.get_sample_value("sapo_weight_sync_failures_total")
+        return self.metric("weight_sync_failures_total")
 
 
-@pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path)
+@pytest_asyncio.fixture
+async def scene(tmp_path: Path) -> Scene:
+    """Version 0 is served and proved."""
+    scene = Scene(tmp_path)
+    await scene.follower.prove(scene.control.manifests[0])
+    await scene.expect("score 0")
+    return scene
 
 
 def damage(path: Path) -> None:
@@ -299,6 +331,91 @@ async def test_an_unreachable_control_plane_is_tried_again(scene: Scene) -> None
         scene.follower.hint(1)
         await scene.swapped(1)
     assert scene.failures == 2
+
+
+# ---- the probe
+
+
+async def test_I4_a_version_is_proved_once_the_engine_has_come_to_the_learner_s_numbers(scene: Scene) -> None:
+    scene.control.publish()
+    scene.engine.scoring.clear()
+    scene.engine.scores = [-1.0, -2.00004, -3.00002]
+    async with scene.following():
+        scene.follower.hint(1)
+        await scene.expect("begin 1", "serve 1", "score 1")
+        assert not await scene.proved(1)
+        assert scene.metric("rollout_policy_version") == 0.0
+        scene.engine.scoring.set()
+        await scene.follower.proved(1)
+        assert not await scene.proved(2)
+        await scene.expect("confirm 1")
+    assert scene.metric("rollout_policy_version") == 1.0
+    assert scene.metric("rollout_probe_max_abs_difference") == pytest.approx(4e-5)
+    assert scene.metric("rollout_probe_mean_abs_difference") == pytest.approx(2e-5)
+    assert scene.metric("rollout_probe_misses_total") == 0.0
+
+
+async def test_I4_a_pin_waits_until_its_version_is_proved(scene: Scene) -> None:
+    """Evaluation answers leave the worker only from under a pin."""
+    scene.control.publish()
+    scene.engine.scoring.clear()
+    entered = asyncio.Event()
+
+    async def pin() -> None:
+        async with scene.follower.pinned():
+            entered.set()
+
+    async with scene.following():
+        scene.follower.hint(1)
+        await scene.expect("begin 1", "serve 1", "score 1")
+        pinning = asyncio.create_task(pin())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(entered.wait(), 0.05)
+        scene.engine.scoring.set()
+        await pinning
+
+
+async def test_I4_an_engine_that_comes_to_other_numbers_ends_the_worker_at_once_and_says_so(scene: Scene) -> None:
+    scene.control.publish()
+    scene.engine.scores = [-1.0, -2.0, -3.001]
+    async with scene.following() as task:
+        scene.follower.hint(1)
+        with pytest.raises(Corrupt) as caught:
+            await task
+        assert not await scene.proved(1)
+    for part in ("fake 1", "version 1", "0.001 nats", "mean 0.000333", "maximum 0.0001 in float32", "sapo check"):
+        assert part in str(caught.value)
+    assert scene.metric("rollout_probe_misses_total") == 1.0
+    assert scene.metric("rollout_probe_max_abs_difference") == pytest.approx(1e-3)
+    assert scene.failures == 0
+
+
+@pytest.mark.parametrize(("scores", "passes"), [([-1.0, -2.14, -3.0], True), ([-1.06, -2.06, -3.06], False)])
+async def test_I4_sixteen_bits_are_held_to_their_mean(scene: Scene, scores: list[float], passes: bool) -> None:
+    scene.follow("bfloat16")
+    scene.engine.scores = scores
+    if passes:
+        await scene.follower.prove(scene.control.manifests[0])
+        assert scene.follower.probe
+        assert scene.follower.probe.max_abs_difference == pytest.approx(0.14)
+        return
+    with pytest.raises(Corrupt, match=r"mean 0\.06 \(bound: mean 0\.05 in bfloat16"):
+        await scene.follower.prove(scene.control.manifests[0])
+
+
+async def test_versions_without_a_probe_are_served_with_one_warning(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a run directory that an older learner has left."""
+    scene.control.probe = None
+    async with scene.following():
+        for version in (1, 2, 3):
+            scene.control.publish()
+            scene.follower.hint(version)
+            await scene.expect(f"begin {version}", f"serve {version}", f"confirm {version}")
+            await scene.follower.proved(version)
+    assert caplog.text.count("has no probe") == 1
+    assert scene.follower.probe is None
 
 
 async def test_every_announced_version_is_handed_on() -> None:

@@ -108,7 +108,7 @@ def test_rows_added_later_join_those_in_flight() -> None:
         known.logprobs += rest.logprobs
     for request in wanted:
         decoder = BatchDecoder(policy(), PolicyVersion(0, 0), slots=1)
-        truth = decoder.score(request.prompt_ids, responses[request.id].token_ids, 1.0)
+        truth = decoder.score(request.prompt_ids, responses[request.id].token_ids)
         assert responses[request.id].logprobs == pytest.approx(truth, abs=1e-5)
 
 
@@ -150,7 +150,7 @@ async def test_an_engine_that_dies_says_why_to_everybody() -> None:
         async for _ in streams[0]:
             pass
     with pytest.raises(Unavailable, match="page fault"):
-        await engine.score([3], [4], 1.0)
+        await engine.score([3], [4])
     health = await engine.health()
     assert (health.alive, health.detail) == (False, "RuntimeError: page fault")
     await engine.close()
@@ -167,7 +167,7 @@ async def test_nothing_is_remembered_of_responses_that_ended() -> None:
     await engine.abort("r2")
     async for _ in streams[2]:
         pass
-    await engine.score([3], [4], 1.0)
+    await engine.score([3], [4])
     assert (engine._outputs, engine._calls, engine._waiting) == ({}, set(), [])
     with pytest.raises(ValueError, match="in flight"):
         await asyncio.gather(*(anext(engine.generate(each)) for each in requests(9) * 2))

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +13,10 @@ import pytest_asyncio
 import torch
 
 from protos.sapo.v1 import ingest_pb2 as pb
-from sapo_learner.errors import InvalidTrajectory, Unavailable
+from sapo_learner.errors import Corrupt, InvalidTrajectory, Unavailable
+from sapo_learner.manifest import Probe
 from sapo_learner.policy import tiny_policy
+from sapo_learner.probe import draw_sequence, measure
 from sapo_learner.trajectory import TrajectoryGroup, VersionSpan
 from services.rollout.engine_watch import STALL_SECONDS, EngineWatch
 from services.rollout.engines import EngineHealth, PolicyVersion
@@ -81,10 +83,12 @@ class Sender:
 
 
 class Store:
-    """Version 1 is there, and verified."""
+    """Version 1 is there, and verified; `probe`: what its manifest carries."""
+
+    probe: Probe | None = None
 
     async def fetch(self) -> Any:
-        return SimpleNamespace(version=1, step=1)
+        return SimpleNamespace(version=1, step=1, probe=self.probe)
 
     def tensors(self, _: Any) -> dict[str, torch.Tensor]:
         return tiny_policy(Task().alphabet, seed=1).tensors()
@@ -101,6 +105,20 @@ class Task(TASK):
         return {"correct": float(len(response.text) % 2), "length": len(response.text) / 100}
 
 
+class HeldEngine(TorchEngine):
+    """Scores when `answer` is set; `error`: how far it is off then, as if it computed another policy."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.asked, self.answer, self.error = asyncio.Event(), asyncio.Event(), 0.0
+
+    async def score(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        self.asked.set()
+        await self.answer.wait()
+        first, *rest = await super().score(prompt_ids, token_ids)
+        return [first + self.error, *rest]
+
+
 class Scored:
     """A task that scores as the test says."""
 
@@ -111,7 +129,7 @@ class Scored:
 
 
 class Scene:
-    def __init__(self, *, max_tokens: int = 8, broken: bool = False) -> None:
+    def __init__(self, *, max_tokens: int = 8, broken: bool = False, engine: type[TorchEngine] = TorchEngine) -> None:
         torch.set_num_threads(1)
         self.config = RunConfig.model_validate(
             {
@@ -122,7 +140,7 @@ class Scene:
         self.policy = tiny_policy(Task().alphabet, seed=0)
         if max_tokens > 100:  # long responses shall not end by themselves
             self.policy.model.generation_config.eos_token_id = None
-        self.engine = TorchEngine(self.policy, PolicyVersion(0, 0), slots=SLOTS)
+        self.engine = engine(self.policy, PolicyVersion(0, 0), slots=SLOTS)
         if max_tokens > 100:
             self.engine._decoder._end_ids = torch.tensor([], dtype=torch.int64)
         self.now = 100.0
@@ -131,20 +149,25 @@ class Scene:
         responder = self.responder = Responder(
             self.engine, self.policy.tokenizer, Task(broken=broken), self.config.sampling, self.metrics
         )
-        self.follower = Follower(self.engine, Store(), self.metrics)  # type: ignore[arg-type]
+        self.store = Store()
+        self.follower = Follower(self.engine, self.store, self.metrics)  # type: ignore[arg-type]
         self.worker = Worker(
             "w", self.config, self.engine, responder, self.follower, *fakes, self.metrics, clock=lambda: self.now
         )
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[asyncio.Task[None]]:
-        """The worker's loop; raises what any of its groups raises."""
+        """The worker's loop, once version 0 is proved; raises what any of its groups raises."""
+        await self.follower.prove(self.manifest(0))
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
             loop = tasks.create_task(self.worker.lease_forever(tasks))
             yield loop
             loop.cancel()
             for lease in self.worker._leases.values():
                 lease.task.cancel()
+
+    def manifest(self, version: int, probe: Probe | None = None) -> Any:
+        return SimpleNamespace(version=version, step=version, probe=probe)
 
     async def dies_of(self, *draws: int) -> None:
         """Give the draws and wait for the error that ends the worker."""
@@ -200,7 +223,7 @@ async def test_a_lease_becomes_a_group_with_the_facts_of_its_sampling(scene: Sce
         assert each.behaviour_logprobs.dtype == np.float32
         assert each.loss_mask.all()
         assert each.spans == (VersionSpan(len(each.token_ids), 0, 0),)
-        truth = await scene.engine.score(group.prompt_ids.tolist(), each.token_ids.tolist(), 1.3)
+        truth = scene.engine._decoder.score(group.prompt_ids.tolist(), each.token_ids.tolist(), 1.3)
         assert each.behaviour_logprobs.tolist() == pytest.approx(truth, abs=1e-5)
         text = scene.policy.tokenizer.decode(each.token_ids, skip_special_tokens=True)
         assert each.rewards == {"correct": len(text) % 2, "length": len(text) / 100}
@@ -335,7 +358,7 @@ async def test_draining_hands_back_what_is_unfinished(slow: Scene, monkeypatch: 
         await slow.worker.drain()
     assert slow.control.released == [(4, 1), (5, 1)]
     assert slow.sender.groups.empty()
-    await slow.engine.score([3], [4], 1.0)  # behind the aborts
+    await slow.engine.score([3], [4])  # behind the aborts
     assert (await slow.engine.health()).rows == 0
 
 
@@ -425,7 +448,100 @@ async def test_a_chunk_of_a_version_that_has_moved_on_is_left_to_others(scene: S
     assert scene.follower._pins == 0
 
 
+# ---- the probe
+
+
+def probe_of_version_1() -> Probe:
+    published = tiny_policy(Task().alphabet, seed=1)
+    return measure(published, published.tensors(), draw_sequence(published, seed=0))
+
+
+@pytest_asyncio.fixture
+async def held() -> AsyncIterator[Scene]:
+    """Long responses, and an engine that takes its time over the probe."""
+    scene = Scene(max_tokens=240, engine=HeldEngine)
+    scene.store.probe = probe_of_version_1()
+    yield scene
+    await scene.engine.close()
+
+
+async def sampled_unproved(scene: Scene) -> HeldEngine:
+    """Have a group sampled to its end whose weights changed on the way, while the probe is not answered."""
+    assert isinstance(scene.engine, HeldEngine)
+    scene.control.give(1)
+    await scene.sampled()
+    scene.follower.hint(1)
+    await scene.engine.asked.wait()
+    lease = scene.worker._leases[1, 1]
+    await scene.until(lambda: lease.sampled)
+    await scene.worker.beat()
+    assert [each.tokens for each in scene.control.beats[-1].leases] == [1]  # it keeps its lease
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(scene.sender.groups.get(), 0.1)
+    return scene.engine
+
+
+async def test_I4_a_group_waits_until_the_policy_it_was_sampled_under_is_proved(held: Scene) -> None:
+    async with held.working():
+        follower = asyncio.create_task(held.follower.run(held.worker.beat))
+        engine = await sampled_unproved(held)
+        engine.answer.set()
+        group = await held.sender.groups.get()
+        assert {span.version for each in group.trajectories for span in each.spans} == {0, 1}
+        await held.worker.beat()
+        figures = held.control.beats[-1].probe
+        assert figures is not None
+        assert figures.mean <= figures.max < 1e-5
+        follower.cancel()
+
+
+async def test_I4_no_group_of_a_version_that_the_engine_computes_otherwise_is_handed_over(held: Scene) -> None:
+    async def working() -> None:
+        async with held.working() as loop, asyncio.TaskGroup() as tasks:
+            tasks.create_task(held.follower.run(held.worker.beat))
+            engine = await sampled_unproved(held)
+            engine.error = 1e-3
+            engine.answer.set()
+            await loop
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await working()
+    assert caught.group_contains(Corrupt, match=r"does not compute version 1 as it was learned: .*0\.001 nats")
+    assert held.sender.groups.empty()
+    assert held.count("probe_misses") == 1
+
+
+async def test_I4_an_evaluation_waits_until_its_version_is_proved() -> None:
+    scene = Scene(engine=HeldEngine)
+    assert isinstance(scene.engine, HeldEngine)
+    scene.store.probe = probe_of_version_1()
+    async with scene.working():
+        follower = asyncio.create_task(scene.follower.run(scene.worker.beat))
+        scene.follower.hint(1)
+        await scene.engine.asked.wait()
+        scene.control.give(evaluation=scene.chunk(0, version=1))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(scene.control.results.get(), 0.5)
+        scene.engine.answer.set()
+        assert (await scene.control.results.get()).version == 1
+        follower.cancel()
+    await scene.engine.close()
+
+
 # ---- what ends the worker, and what it tells
+
+
+async def test_I4_a_log_prob_that_is_not_finite_drops_its_group_and_ends_the_worker() -> None:
+    """One NaN stays in an engine's cache; only a fresh engine may go on."""
+    scene = Scene()
+    with torch.no_grad():
+        scene.engine._decoder.policy.head_weight[5] = float("nan")
+    with pytest.raises(ExceptionGroup) as caught:
+        await scene.dies_of(1)
+    assert caught.group_contains(Corrupt, match="sampled under version 0 is not finite")
+    assert scene.sender.groups.empty()
+    assert scene.count("dropped_samples", reason="not finite") >= 1
+    await scene.engine.close()
 
 
 async def test_answers_that_never_match_are_told_once_with_an_example(scene: Scene) -> None:
