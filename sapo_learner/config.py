@@ -58,7 +58,8 @@ class AggregationSettings(Settings):
 class OptimizerSettings(Settings):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(default=1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, ge=0)
+    """0 leaves the weights as they are, as `sapo check` does at first."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)

@@ -16,6 +16,7 @@ import typer
 
 from sapo_learner.errors import ConfigError, Unavailable
 from services import terminal
+from services.check_command import app as check_app
 from services.history import app as history_app
 from services.runtime.settings import dump_yaml, load_config
 from services.serve import PLAIN_HELP, ConfigFile, Set
@@ -31,6 +32,7 @@ app = typer.Typer(
     epilog=terminal.exit_code_table(),
 )  # fmt: skip
 app.add_typer(serve_app, name="serve")
+app.add_typer(check_app)
 app.add_typer(history_app)
 
 

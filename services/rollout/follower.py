@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -78,11 +79,14 @@ class Follower:
         metrics: RolloutMetrics,
         *,
         dtype: str = "float32",
+        on_miss: Literal["stop", "warn"] = "stop",
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
-        """dtype: torch's name of what the engine computes in, which decides how closely it must agree."""
+        """dtype: torch's name of what the engine computes in, which decides how closely it must agree. on_miss: whether
+        an engine that does not agree ends `run` and `prove`."""
         self._engine, self._store, self._metrics, self._retry_seconds = engine, store, metrics, retry_seconds
-        self._dtype, self._proved, self._progress = dtype, -1, asyncio.Condition()
+        self._dtype, self._on_miss = dtype, on_miss
+        self._proved, self._progress = -1, asyncio.Condition()
         self.probe: ProbeResult | None = None
         """Of the newest version that was proved; None when it carries no probe."""
         self._heard, self._hint = -1, asyncio.Event()
@@ -143,9 +147,15 @@ class Follower:
             return result
         self._metrics.probe_misses.inc()
         figures = f"up to {result.max_abs_difference:.3g} nats, mean {result.mean_abs_difference:.3g}"
-        raise Corrupt(
+        what = (
             f"the engine does not compute version {version} as it was learned: on the probe its log-probs are off by "
-            f"{figures} (bound: {result.bound}); nothing sampled under it is sent",
+        )
+        what += f"{figures} (bound: {result.bound})"
+        if self._on_miss == "warn":
+            log.warning("%s", what)
+            return result
+        raise Corrupt(
+            f"{what}; nothing sampled under it is sent",
             where=self._engine.name,
             fix="compare engine.vllm.dtype with policy.dtype and the engine's version with the tested ones, "
             "see `sapo check RUN`",

@@ -114,7 +114,9 @@ async def _work(
             patience=environment.patience_seconds,
         )  # fmt: skip
         responder = Responder(engine, started.tokenizer, build(config.task), config.sampling, parts.metrics)
-        follower = Follower(engine, parts.store, parts.metrics, dtype=_computes_in(config, manifest))
+        follower = Follower(
+            engine, parts.store, parts.metrics, dtype=_computes_in(config, manifest), on_miss=config.probe.on_miss
+        )
         lifecycle.wait_for("start", "the engine's answer to the probe")
         await follower.prove(manifest)
         worker = Worker(parts.name, config, engine, responder, follower, parts.control, sender, parts.metrics)

@@ -154,6 +154,9 @@ class ProbeSettings(Settings):
     behaviour_every: int = Field(default=0, ge=0)
     """Every so many steps the learner recomputes the behaviour log-probs of one group from the stored snapshots of the
     versions it was sampled under. 0: never."""
+    on_miss: Literal["stop", "warn"] = "stop"
+    """What a rollout worker does whose engine does not give the learner's log-probs for a new policy. stop: it ends,
+    and nothing that it sampled under that policy is sent. warn: it says so and goes on, as for `sapo check`."""
 
 
 class LocalSettings(Settings):

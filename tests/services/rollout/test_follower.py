@@ -92,8 +92,9 @@ class Scene:
         self.follow("float32")
         self.control.publish()
 
-    def follow(self, dtype: str) -> None:
-        self.follower = Follower(self.engine, self.store, self.metrics, dtype=dtype, retry_seconds=0.001)  # type: ignore[arg-type]
+    def follow(self, dtype: str, **options: Any) -> None:
+        options |= {"dtype": dtype, "retry_seconds": 0.001}
+        self.follower = Follower(self.engine, self.store, self.metrics, **options)  # type: ignore[arg-type]
 
     async def confirm(self) -> None:
         self.engine.swaps.put_nowait(f"confirm {self.engine.policy_version.version}")
@@ -388,6 +389,15 @@ async def test_I4_an_engine_that_comes_to_other_numbers_ends_the_worker_at_once_
     assert scene.metric("rollout_probe_misses_total") == 1.0
     assert scene.metric("rollout_probe_max_abs_difference") == pytest.approx(1e-3)
     assert scene.failures == 0
+
+
+async def test_with_on_miss_warn_it_says_so_and_goes_on(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.follow("float32", on_miss="warn")
+    scene.engine.scores = [-1.0, -2.0, -3.001]
+    await scene.follower.prove(scene.control.manifests[0])
+    assert await scene.proved(0)
+    assert "does not compute version 0 as it was learned" in caplog.text
+    assert scene.metric("rollout_probe_misses_total") == 1.0
 
 
 @pytest.mark.parametrize(("scores", "passes"), [([-1.0, -2.14, -3.0], True), ([-1.06, -2.06, -3.06], False)])
