@@ -14,13 +14,13 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from sapo_learner.config import Settings, did_you_mean, parse
+from sapo_learner.config import LearnerSettings, Settings, did_you_mean, parse
 from sapo_learner.errors import ConfigError
 
 #: |log ratio| beyond which a token has no gradient. exp(20) is finite in float32 with room for a product, and the true
@@ -130,8 +130,26 @@ class Objective(Settings, ABC):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
+    source: ClassVar[str] = ""
+    """Where the formula is from, such as "arXiv 2511.20347, Eq. 5 and 6"."""
+    status: ClassVar[Literal["published", "experimental"]] = "published"
+    """experimental: what of it is the paper's and what is ours stands at the top of its file."""
+    needs_step: ClassVar[bool] = False
+    """Whether `prepare` must see the whole step before the first microbatch is differentiated."""
+
     @abstractmethod
     def __call__(self, tokens: Tokens) -> Surrogate: ...
+
+    def prepare(self, step: Tokens) -> "Objective":
+        """This objective with the constants that depend on the whole step filled in; only called when `needs_step`.
+
+        step: every token of the optimizer step, of all microbatches and ranks, without gradient. Deterministic, so that
+        every rank comes to the same constants; the call itself stays pure.
+        """
+        return self
+
+    def check(self, settings: LearnerSettings) -> None:
+        """Raises ConfigError where the run's other settings contradict what this objective is defined with."""
 
 
 def available() -> list[str]:

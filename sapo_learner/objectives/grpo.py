@@ -18,6 +18,8 @@ from sapo_learner.objectives import Objective, Surrogate, Tokens
 class GRPO(Objective):
     """Diagnostics: `ratio` r; `clipped`, 1 where the clip took the gradient; `dual_clipped` likewise, when it is on."""
 
+    source = "arXiv 2402.03300, Eq. 3"
+
     clip_low: float = Field(default=0.2, ge=0, le=1)
     """Width of the band below 1: the bound is 1 - clip_low."""
     clip_high: float = Field(default=0.2, ge=0)

@@ -17,6 +17,8 @@ from sapo_learner.objectives import Objective, Surrogate, Tokens
 class GSPO(Objective):
     """Diagnostics, each on all tokens of y_i: `ratio` s_i; `clipped`, 1 where the clip took the gradient."""
 
+    source = "arXiv 2507.18071, Eq. 5 and 7"
+
     clip_low: float = Field(default=3e-4, ge=0, le=1)
     """Width of the band below 1: the bound is 1 - clip_low."""
     clip_high: float = Field(default=4e-4, ge=0)

@@ -25,6 +25,8 @@ from sapo_learner.objectives import Objective, Surrogate, Tokens
 class SAPO(Objective):
     """Diagnostics: `ratio` r; `gate` w = f'(r), the share of the importance-sampled gradient that passes, in (0, 1]."""
 
+    source = "arXiv 2511.20347, Eq. 5 and 6"
+
     tau_pos: float = Field(default=1.0, gt=0)
     """Temperature of the gate where the advantage is positive."""
     tau_neg: float = Field(default=1.05, gt=0)
