@@ -28,7 +28,7 @@ from sapo_learner.policy import Policy, PolicyDescription, tiny_policy, write_po
 from services.rollout.engines import Engine, PolicyVersion, SampleRequest
 from services.rollout.engines.torch_engine import TorchEngine
 from services.rollout.engines.vllm_engine import VllmEngine
-from services.runtime.settings import EngineSettings
+from services.runtime.engine_settings import EngineSettings
 
 RESULTS = Path(__file__).parent / "results" / "engines.md"
 BATCHES = (8, 32, 128)

@@ -6,7 +6,6 @@ that says that its configuration is wrong: trying again would not help.
 """
 
 import asyncio
-import ctypes
 import logging
 import os
 import secrets
@@ -28,6 +27,7 @@ from services.process_logs import ProcessLogs
 from services.run_directory import LocalServices, forget_services, live_services
 from services.runstore import EmbeddedRedis
 from services.runtime.client import ControlPlaneClient
+from services.runtime.processes import die_with_parent, exit_reason
 from services.runtime.settings import RunConfig, dump_config
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class LocalRun:
         with self._logs.open(child.name) as output:
             child.process = await asyncio.create_subprocess_exec(
                 *child.command, *child.once, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                env=self._environment(), start_new_session=True, preexec_fn=_die_with_parent(),
+                env=self._environment(), start_new_session=True, preexec_fn=die_with_parent(),
             )  # fmt: skip
         child.state = "running"
 
@@ -180,13 +180,13 @@ class LocalRun:
             if code == 0 and child.name == "learner" and await self._trained():
                 child.state = "done"
                 return
-            child.state = f"died ({_reason(code)})"
+            child.state = f"died ({exit_reason(code)})"
             child.deaths.append((time.monotonic(), self._progress()))
             if code in HOPELESS or self._keeps_dying(child):
                 self._fail(child, code)
                 return
             child.restarts += 1
-            log.warning("%s died (%s); restarting", child.name, _reason(code, meaning=True))
+            log.warning("%s died (%s); restarting", child.name, exit_reason(code, meaning=True))
             await asyncio.sleep(min(5.0, 0.2 * 2 ** len(child.deaths)))
             if self._stopping:
                 return
@@ -212,7 +212,7 @@ class LocalRun:
         lines = self._logs.last_lines(child.name, LAST_LINES)
         kind = next((each for each in SapoError.__subclasses__() if each.exit_code == code), SapoError)
         error = kind(
-            f"{child.name} died ({_reason(code, meaning=True)}) and restarting does not help; its last words:\n  "
+            f"{child.name} died ({exit_reason(code, meaning=True)}) and restarting does not help; its last words:\n  "
             + "\n  ".join(lines),
             fix=f"the whole log: {self._logs.path(child.name)}{_little_room(self.directory)}",
         )
@@ -284,21 +284,7 @@ class LocalRun:
         child.state = "stopped"
 
 
-def _reason(code: int, *, meaning: bool = False) -> str:
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    # None of us sends it to a process that shall live.
-    return name + ", which the kernel sends when memory runs out" * (meaning and code == -signal.SIGKILL)
-
-
 def _little_room(directory: Path) -> str:
     """A full disk also takes the last words that would have said so."""
     free = shutil.disk_usage(directory).free
     return f"; its disk has only {free >> 20} MiB left: make room" if free < LITTLE_BYTES else ""
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """On Linux: have the kernel send SIGTERM to the child when `sapo up` dies, even by kill -9."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc, set_death_signal = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
-    return lambda: libc.prctl(set_death_signal, signal.SIGTERM)

@@ -11,7 +11,7 @@ import pytest
 
 from sapo_learner.policy import Policy, PolicyDescription, write_policy
 from services.rollout.engines import PolicyVersion
-from services.runtime.settings import EngineSettings
+from services.runtime.engine_settings import EngineSettings
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM lives in an environment of its own: make test-vllm"

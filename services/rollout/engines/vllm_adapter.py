@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from sapo_learner.errors import ConfigError
 from sapo_learner.trajectory import LogprobMode
 from services.rollout.engines import PolicyVersion, SampleRequest
-from services.runtime.settings import EngineSettings
+from services.runtime.engine_settings import EngineSettings
 
 TESTED = SpecifierSet(">=0.32,<0.33")
 OWNER = "SAPO_VLLM_OWNER"  # environment of vLLM's processes: the one that they must not outlive

@@ -22,7 +22,7 @@ from sapo_learner.snapshot import save_tensors
 from sapo_learner.trajectory import LogprobMode
 from services.rollout.engines import EngineHealth, PolicyVersion, SampleRequest, TokenDelta, vllm_adapter
 from services.rollout.engines.busy import BusyTime
-from services.runtime.settings import EngineSettings
+from services.runtime.engine_settings import EngineSettings
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]

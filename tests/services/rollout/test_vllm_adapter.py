@@ -7,7 +7,7 @@ import pytest
 from sapo_learner.config import parse
 from sapo_learner.errors import ConfigError
 from services.rollout.engines import PolicyVersion, vllm_adapter
-from services.runtime.settings import EngineSettings
+from services.runtime.engine_settings import EngineSettings
 
 
 def arguments(slots: int = 8, **vllm: Any) -> dict[str, Any]:
