@@ -56,7 +56,7 @@ chaos: install  ## hundreds of faults, about an hour (KILLS=n, MODE=all|kills|fa
 overload: install  ## workers ten times faster than the learner, about ten minutes (MINUTES=n)
 	$(BIN)/python -m benchmarks.overload --minutes $(MINUTES)
 
-engines: install-vllm  ## tokens per second of the torch engine and vLLM side by side, about three minutes
+engines: install-vllm  ## tokens per second of the torch engine and vLLM side by side, about six minutes
 	$(BIN_VLLM)/python -m benchmarks.engines
 
 lint: install  ## ruff, mypy --strict, import-linter

@@ -41,6 +41,7 @@ REPORT = """\
 
 {date}, {machine}, no GPU; float32, {threads} thread each, {tokens} tokens per response, median of {rounds} rounds in
 turns (in brackets the lowest and highest ratio of a round).
+Load of the machine at the end, both engines included: {load:.1f}.
 
 | model | batch | torch, tokens/s | vLLM, tokens/s | vLLM / torch |
 |---|---|---|---|---|
@@ -186,8 +187,8 @@ def main() -> None:
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, Python {platform.python_version()}"
     RESULTS.write_text(
         REPORT.format(
-            date=datetime.now(UTC).date(), machine=machine, threads=chosen.threads, tokens=TOKENS,
-            rounds=chosen.rounds, rates="".join(rates for rates, _ in measured), batch=UPDATE_BATCH,
+            date=datetime.now(UTC).date(), machine=machine, load=os.getloadavg()[0], threads=chosen.threads,
+            tokens=TOKENS, rounds=chosen.rounds, rates="".join(rates for rates, _ in measured), batch=UPDATE_BATCH,
             updates="".join(updates for _, updates in measured),
         )
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The faults that `sapo check` is for, made in a real vLLM: each is caught and named."""
+"""What `sapo check` says of a real vLLM: an honest one agrees, and each fault that it is for is caught and named."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ from tests.contract.vllm_engines import needs_vllm
 from tests.services.test_check import judged
 
 pytestmark = [pytest.mark.vllm, needs_vllm, pytest.mark.timeout(150)]
+ENGINE = {"name": "vllm", "slots": 16}
 
 
 def raw_logprobs(patch: pytest.MonkeyPatch) -> None:
@@ -53,6 +54,11 @@ def one_tensor_off(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(vllm_engine, "save_tensors", perturbed)
 
 
+async def test_an_honest_vllm_agrees(tmp_path: Path, redis: EmbeddedRedis) -> None:
+    found = await judged(tmp_path, redis, engine=ENGINE)
+    assert found.verdict.state == "agrees", found.to_dict()
+
+
 @pytest.mark.parametrize(
     ("breaking", "code"),
     [
@@ -66,5 +72,5 @@ async def test_a_broken_vllm_is_caught_and_named(
     tmp_path: Path, redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch, breaking: Callable[..., None], code: str
 ) -> None:
     breaking(monkeypatch)
-    found = await judged(tmp_path, redis, engine={"name": "vllm", "slots": 16})
+    found = await judged(tmp_path, redis, engine=ENGINE)
     assert (found.verdict.state, found.verdict.code) == ("disagrees", code), found.verdict.sentence
