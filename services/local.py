@@ -24,6 +24,7 @@ import psutil
 
 from sapo_learner.errors import ConfigError, Mismatch, SapoError, Unauthenticated, Unavailable
 from services.process_logs import ProcessLogs
+from services.rollout.engines.vllm_adapter import require_vllm
 from services.run_directory import LocalServices, forget_services, live_services
 from services.runstore import EmbeddedRedis
 from services.runtime.client import ControlPlaneClient
@@ -70,6 +71,8 @@ class LocalRun:
             raise Unavailable(
                 "another `sapo up` runs on this directory", where=str(self.directory), fix="stop it first"
             )
+        if config.engine.name == "vllm":
+            require_vllm()  # rather than have every worker say so half a minute later
         self._logs = ProcessLogs(self.directory / "logs")
         self._write_config()
         self._redis = None if os.environ.get("SAPO_REDIS_URL") else EmbeddedRedis(self.directory / "redis")

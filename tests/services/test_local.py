@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from sapo_learner.config import parse
-from sapo_learner.errors import SapoError, Unavailable
+from sapo_learner.errors import ConfigError, SapoError, Unavailable
 from services import local
 from services.local import Child, LocalRun
+from services.rollout.engines import vllm_adapter
 from services.run_directory import live_services, set_aside
 from services.runstore import EmbeddedRedis
 from services.runtime.settings import RunConfig
@@ -210,3 +211,27 @@ async def test_a_process_that_somebody_else_killed_may_have_found_no_memory(
     with pytest.raises(SapoError, match=r"ingest died \(SIGKILL, which the kernel sends when memory runs out\)"):
         await asyncio.wait_for(run.finished(asyncio.Event(), lambda _: None), 20)
     assert "when memory runs out); restarting" in caplog.text
+
+
+async def test_an_engine_that_is_not_installed_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_adapter, "_installed", lambda _: None)
+    given = {"run": {"name": "test", "dir": str(tmp_path / "run")}, "engine": {"name": "vllm"}}
+    with pytest.raises(ConfigError, match="vLLM is not installed here"):
+        LocalRun(parse(RunConfig, given, where="test"), workers=1)
+    assert not (tmp_path / "run").exists()
+
+
+async def test_workers_that_take_long_to_start_may_take_longer_to_die_three_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_adapter, "_installed", lambda _: "0.32.0")
+    given = {"run": {"name": "test", "dir": str(tmp_path / "run")}, "engine": {"name": "vllm"}}
+    run = LocalRun(parse(RunConfig, given, where="test"), workers=1)
+    try:
+        for name, gives_up in (("rollout-0", True), ("ingest", False)):
+            run.children[name].deaths.extend([(0.0, (5, 9)), (80.0, (5, 9)), (160.0, (5, 9))])
+            assert run._keeps_dying(run.children[name]) == gives_up
+    finally:
+        await run.stop()
