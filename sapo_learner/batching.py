@@ -32,6 +32,7 @@ class Microbatch:
     loss_mask: Tensor  # [T] bool
     sequence_ids: Tensor  # [T] int64, unique over the step
     policy_age: Tensor  # [T] int64, optimizer steps
+    truncated: Tensor  # [T] bool, whether the token limit cut the response off
     groups: tuple[int, ...]  # indices of the groups whose responses are in it
 
 
@@ -118,5 +119,6 @@ def _microbatch(rows: list[_Row], step: int) -> Microbatch:
         loss_mask=torch.from_numpy(np.concatenate([row.response.loss_mask for row in rows])),
         sequence_ids=torch.from_numpy(np.repeat([row.sequence_id for row in rows], lengths)),
         policy_age=torch.from_numpy(step - np.concatenate([row.response.token_steps() for row in rows])),
+        truncated=torch.from_numpy(np.repeat([row.response.finish_reason == "length" for row in rows], lengths)),
         groups=tuple(sorted({row.group for row in rows})),
     )

@@ -25,7 +25,21 @@ class ObjectiveSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     name: str = "sapo"
-    """File name of the objective in sapo_learner/objectives."""
+    """File name of the objective in sapo_learner/objectives; or one of your own: a file such as ./mine.py, relative to
+    the working directory, or module:ClassName."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class FilterSettings(BaseModel):
+    """`filters: [{name: policy_age, max_age: 2}]`: every key but `name` is an option of that filter."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str
+    """File name of the filter in sapo_learner/filters."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -33,10 +47,27 @@ class ObjectiveSettings(BaseModel):
 
 
 class AdvantageSettings(Settings):
+    estimator: Literal["group", "leave_one_out", "batch_whitened", "gdpo"] = "group"
+    """group: centred and divided by `std` within the group (GRPO, SAPO). leave_one_out: reward less the mean of the
+    others. batch_whitened: centred within the group, divided by `std` over the step. gdpo: `group` for every reward
+    component on its own, summed with `weights`, then divided by `std` over the step."""
     std: Literal["population", "sample", "none"] = "population"
-    """Divide by this standard deviation of the group's rewards (ddof 0 or 1), or not at all."""
+    """Divide by this standard deviation (ddof 0 or 1), or not at all. leave_one_out never divides."""
     eps: float = Field(default=1e-6, gt=0)
     """Added to the standard deviation."""
+    weights: dict[str, float] = {}
+    """Of reward components, for estimator: gdpo; 1 where none is given."""
+
+    @model_validator(mode="after")
+    def _belong_to_the_estimator(self) -> "AdvantageSettings":
+        if self.weights and self.estimator != "gdpo":
+            raise ValueError("advantages.weights belong to advantages.estimator: gdpo")
+        if self.std == "none" and self.estimator in ("batch_whitened", "gdpo"):
+            raise ValueError(
+                f"advantages.estimator {self.estimator} divides by a standard deviation: set advantages.std to "
+                "population or sample; without one there is estimator: group with std: none"
+            )
+        return self
 
 
 class AggregationSettings(Settings):
@@ -122,6 +153,12 @@ class ArchiveSettings(Settings):
     """Size from which a segment of the archive is followed by the next one."""
 
 
+class DiagnosticsSettings(Settings):
+    warn_spread: float = Field(default=0.25, gt=0)
+    """Spread (standard deviation) of the log-ratio of current over behaviour policy, at some policy age, from which a
+    warning names what to change first."""
+
+
 class TrainingSettings(Settings):
     steps: int = Field(default=100, ge=1)
     """Optimizer steps of the run."""
@@ -142,8 +179,11 @@ class LearnerSettings(Settings):
     training: TrainingSettings = TrainingSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     advantages: AdvantageSettings = AdvantageSettings()
+    filters: list[FilterSettings] = []
+    """Which tokens do not count, in addition to the loss mask; they stay in the denominators."""
     aggregation: AggregationSettings = AggregationSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    diagnostics: DiagnosticsSettings = DiagnosticsSettings()
 
     @model_validator(mode="after")
     def _warm_up_fits(self) -> "LearnerSettings":

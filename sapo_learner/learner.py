@@ -1,6 +1,6 @@
 """Learner: one optimizer step from one TrainingBatch.
 
-    log-probs (chunked) -> objective -> weights per token -> backward, per microbatch; then clip and AdamW, once
+    log-probs (chunked) -> objective, filters -> weights per token -> backward, per microbatch; then clip, AdamW
 
 Weights per token are made from counts over the whole step, so a microbatch's loss is a plain weighted sum and splitting
 the step changes nothing (I8). A step whose loss or gradient is not finite leaves the weights alone and says why.
@@ -10,7 +10,8 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from torch import Tensor
 from sapo_learner.aggregation import StepCounts, token_weights
 from sapo_learner.batching import Microbatch, TrainingBatch
 from sapo_learner.config import LearnerSettings, OptimizerSettings
+from sapo_learner.diagnostics import StepDiagnostics
+from sapo_learner.filters import build_all, combine
 from sapo_learner.logprobs import token_logprobs
 from sapo_learner.memory import enough_memory
-from sapo_learner.objectives import Tokens, build
+from sapo_learner.objectives import Objective, Tokens, build, concatenated
 from sapo_learner.policy import Policy
 
 
@@ -41,7 +44,7 @@ class UpdateReport:
     log_ratio_std: float  # of current over behaviour log-prob, per token
     policy_age_mean: float  # optimizer steps
     policy_age_max: int
-    diagnostics: Mapping[str, Mapping[str, float]]  # name -> mean over {all, positive, negative} advantages
+    diagnostics: Mapping[str, Mapping[str, float]]  # name -> group of tokens -> figure, see sapo_learner.diagnostics
     seconds: Mapping[str, float]  # phase -> wall seconds
 
 
@@ -52,6 +55,7 @@ class _Sums:
         self.tokens = 0
         self.policy_age = 0
         self.policy_age_max = 0
+        self.every_objective = StepDiagnostics()
         self._totals: defaultdict[str, float] = defaultdict(float)
         self._diagnostics: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])  # sum, tokens
 
@@ -90,7 +94,7 @@ class _Sums:
         for (name, sign), (total, count) in self._diagnostics.items():
             if count:
                 means.setdefault(name, {})[sign] = total / count
-        return means
+        return means | self.every_objective.summary()
 
 
 class Learner:
@@ -106,7 +110,10 @@ class Learner:
 
     def change_settings(self, settings: LearnerSettings) -> None:
         """Use these from the next step on; the optimizer keeps its moments. Raises ConfigError, changing nothing."""
-        self.objective = build(settings.objective.name, **settings.objective.options)
+        objective = build(settings.objective.name, **settings.objective.options)
+        objective.check(settings)
+        filters = build_all(settings.filters)
+        self.objective, self.filters = objective, filters
         self.settings, options = settings, settings.optimizer
         for group in self.optimizer.param_groups:
             group["betas"] = (options.beta1, options.beta2)
@@ -118,9 +125,10 @@ class Learner:
         rate = learning_rate(self.settings.optimizer, self.step_count, self.settings.training.steps)
         sums, loss = _Sums(), 0.0
         self.optimizer.zero_grad(set_to_none=True)
+        objective = self._prepared(batch, before)
         for microbatch in batch.microbatches:
             before(microbatch.groups)
-            loss += self._accumulate(microbatch, batch.counts, sums)
+            loss += self._accumulate(microbatch, objective, batch.counts, sums)
         backward_done = time.perf_counter()
         norm, refusal = self._apply(rate, loss) if batch.microbatches else (0.0, "")
         self.step_count += 1
@@ -158,24 +166,44 @@ class Learner:
             sequence_ids=microbatch.sequence_ids.to(self._device),
             entropy=entropy,
             policy_age=microbatch.policy_age.to(self._device),
+            truncated=microbatch.truncated.to(self._device),
+            hidden=predictors.detach() if any(each.needs_hidden for each in self.filters.values()) else None,
         )
 
-    def _accumulate(self, microbatch: Microbatch, counts: StepCounts, sums: _Sums) -> float:
-        """Forward and backward of one microbatch; returns its share of the step's loss."""
+    def _prepared(self, batch: TrainingBatch, before: Callable[[Sequence[int]], None]) -> Objective:
+        """The objective with the constants of this step; costs a forward pass where it needs them, else nothing."""
+        if not self.objective.needs_step or not batch.microbatches:
+            return self.objective
+        parts = []
+        for microbatch in batch.microbatches:
+            before(microbatch.groups)
+            with torch.no_grad(), self._enough_memory(microbatch):
+                parts.append(replace(self.tokens(microbatch), hidden=None))
+        return self.objective.prepare(concatenated(parts))
+
+    def _enough_memory(self, microbatch: Microbatch) -> AbstractContextManager[None]:
         rows, length = microbatch.input_ids.shape
         budget = self.settings.training.microbatch_tokens
-        with enough_memory(
+        return enough_memory(
             f"training on {rows} responses of up to {length} tokens at once",
             where=f"step {self.step_count + 1}",
             fix=f"lower training.microbatch_tokens (now {budget}), or sampling.max_tokens in a new run",
-        ):
+        )
+
+    def _accumulate(self, microbatch: Microbatch, objective: Objective, counts: StepCounts, sums: _Sums) -> float:
+        """Forward and backward of one microbatch; returns its share of the step's loss."""
+        with self._enough_memory(microbatch):
             tokens = self.tokens(microbatch)
-            surrogate = self.objective(tokens)
+            surrogate = objective(tokens)
+            keep, dropped = combine(self.filters, tokens)
             aggregation = self.settings.aggregation
             weights = token_weights(tokens, aggregation.mode, counts, length=aggregation.length)
+            if keep is not None:
+                weights = weights * keep  # after the denominators: what is dropped raises no other's weight
             loss = (weights * surrogate.loss).sum()
+            sums.every_objective.add(tokens, surrogate)
             loss.backward()  # type: ignore[no-untyped-call]
-        sums.add(tokens, surrogate.diagnostics)
+        sums.add(tokens, surrogate.diagnostics | dropped)
         return float(loss.detach())
 
     def _apply(self, rate: float, loss: float) -> tuple[float, str]:

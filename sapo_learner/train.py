@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sapo_learner.advantages import group_advantages
+from sapo_learner.advantages import step_advantages
 from sapo_learner.archive import GENESIS, Entry
 from sapo_learner.batching import TrainingBatch, collate
 from sapo_learner.config import LearnerSettings
@@ -98,7 +98,7 @@ def train(
         skipped = [entry for entry in entries if entry.id in skips]
         read = _read([entry for entry in entries if entry.id not in skips], decode, oldest_step, attend)
         groups, ids, stale, invalid = read
-        advantages = [_advantages(group, settings) for group in groups]
+        advantages = step_advantages(groups, settings.advantages)
         batch = _collate(groups, advantages, settings, learner.step_count)
         update = learner.step(batch, _announcing(attend, ids))
         outcomes = _outcomes(batch, update)
@@ -169,10 +169,6 @@ def _outcomes(batch: TrainingBatch, update: UpdateReport) -> Counter[Outcome]:
 
 def _announcing(attend: Attend, ids: Sequence[str]) -> Callable[[Sequence[int]], None]:
     return lambda groups: attend("training on", [ids[each] for each in groups])
-
-
-def _advantages(group: TrajectoryGroup, settings: LearnerSettings) -> NDArray[np.float64]:
-    return group_advantages([response.reward for response in group.trajectories], settings.advantages)
 
 
 def _collate(

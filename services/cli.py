@@ -18,6 +18,7 @@ from sapo_learner.errors import ConfigError, Unavailable
 from services import terminal
 from services.check_command import app as check_app
 from services.history import app as history_app
+from services.objectives_command import app as objectives_app
 from services.runtime.settings import dump_yaml, load_config
 from services.serve import PLAIN_HELP, ConfigFile, Set
 from services.serve import app as serve_app
@@ -33,6 +34,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(serve_app, name="serve")
 app.add_typer(check_app)
+app.add_typer(objectives_app)
 app.add_typer(history_app)
 
 
@@ -189,7 +191,7 @@ def health(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Ask one process whether it is ready; exits with 0 if it is and with 8 if it is not, saying for what it waits.
+    """Ask a process if it is ready; exits with 0 if it is and with 8 if it is not, saying for what it waits.
 
     \b
     Examples:

@@ -20,7 +20,11 @@ def _plugins(section: str) -> dict[str, type[BaseModel]]:
     if section == "objective":
         from sapo_learner import objectives
 
-        return {name: type(objectives.build(name)) for name in objectives.available()}
+        return {name: objectives.objective_class(name) for name in objectives.available()}
+    if section == "filters":
+        from sapo_learner import filters
+
+        return {name: filters.filter_class(name) for name in filters.available()}
     from services import tasks
 
     return {name: tasks.task_class(name) for name in tasks.available()} if section == "task" else {}
@@ -38,8 +42,10 @@ def explain(key: str) -> list[str]:
         section = _section(field)
         if section is None:
             if index < len(path) - 1:
+                if lines := [*_option(part, path[-1])] if len(path) == 2 else []:
+                    return lines
                 raise ConfigError(f"{'.'.join(path[: index + 1])!r} is a value, not a section", where="--explain")
-            return list(_value(key, field))
+            return [*setting(key, field), *_offered(key)]
         model = section  # type: ignore[assignment]
     return list(_listing(model, key))
 
@@ -51,23 +57,29 @@ def _listing(model: type[BaseModel], prefix: str) -> Iterator[str]:
         dotted = f"{prefix}.{name}" if prefix else name
         section = _section(field)
         if section is None:
-            yield from _value(dotted, field)
+            yield from setting(dotted, field)
+            yield from _offered(dotted)
         else:
             yield from _listing(section, dotted)
-    for name, plugin in _plugins(prefix).items():
-        yield f"options of {prefix}.name: {name}"
+    yield from _offered(prefix)
+
+
+def _offered(section: str) -> Iterator[str]:
+    for name, plugin in _plugins(section).items():
+        yield f"options of {section}.name: {name}"
         for option, field in plugin.model_fields.items():
-            yield from (f"  {line}" for line in _value(f"{prefix}.{option}", field))
+            yield from (f"  {line}" for line in setting(f"{section}.{option}", field))
 
 
 def _option(section: str, name: str) -> Iterator[str]:
     for plugin_name, plugin in _plugins(section).items():
         if name in plugin.model_fields:
             yield f"with {section}.name: {plugin_name}"
-            yield from _value(f"{section}.{name}", plugin.model_fields[name])
+            yield from setting(f"{section}.{name}", plugin.model_fields[name])
 
 
-def _value(dotted: str, field: FieldInfo) -> Iterator[str]:
+def setting(dotted: str, field: FieldInfo) -> Iterator[str]:
+    """Lines about one setting: its name, type, limits and default, then its docstring."""
     limits = [
         f"{sign} {getattr(each, key)}" for each in field.metadata for key, sign in _SIGNS.items() if hasattr(each, key)
     ]

@@ -16,14 +16,16 @@ MODEL_FIX = "give the directory of a Hugging Face causal language model, or tiny
 
 
 def check(config: RunConfig, warn: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Build the objective and the task, read its problems, look for the model; raises ConfigError for what is wrong.
+    """Build objective, filters and task, read its problems, look for the model; raises ConfigError for what is wrong.
 
-    Returns the configuration in full: with the options of the objective and of the task that were not given. What is
-    no mistake but worth knowing goes to `warn`.
+    Returns the configuration in full: with the options of objective, filters and task that were not given. What is no
+    mistake but worth knowing goes to `warn`.
     """
-    from sapo_learner import objectives
+    from sapo_learner import filters, objectives
 
     objective = objectives.build(config.objective.name, **config.objective.options)
+    objective.check(config)
+    chosen = filters.build_all(config.filters).values()
     task = build(config.task)
     problems, held_out = task.problems("train"), len(task.problems("held_out"))
     if config.policy.source == "tiny":
@@ -38,6 +40,10 @@ def check(config: RunConfig, warn: Callable[[str], None] = lambda _: None) -> di
     options = task.model_dump(mode="json")  # type: ignore[attr-defined]
     return config.model_dump(mode="json") | {
         "objective": {"name": config.objective.name, **objective.model_dump(mode="json")},
+        "filters": [
+            {"name": given.name, **each.model_dump(mode="json")}
+            for given, each in zip(config.filters, chosen, strict=True)
+        ],
         "task": {"name": config.task.name, **options},
     }
 
@@ -123,6 +129,9 @@ def find_beside(config: RunConfig, file: Path) -> None:
 
 
 def _paths(config: RunConfig) -> Iterator[tuple[str, Path]]:
+    if config.objective.name.endswith(".py"):
+        yield "objective.name", Path(config.objective.name)
+    yield from (("filters", Path(each.name)) for each in config.filters if each.name.endswith(".py"))
     if config.policy.source != "tiny":
         yield "policy.source", Path(config.policy.source)
     for name, value in build(config.task):  # type: ignore[attr-defined]

@@ -5,14 +5,16 @@
     loss = (token_weights(tokens, "sequence_mean", counts) * surrogate.loss).sum()      # sapo_learner.aggregation
 
 To add one, add one file here. It holds one subclass of `Objective`, whose fields are its options; its name in run.yaml
-is the name of the file. Nothing is registered, and the contract tests find it.
+is the name of the file. Nothing is registered, and the contract tests find it. One that is not part of this package is
+named by its file or module instead.
 
 Shape letter: T = packed tokens, several responses one after the other.
 """
 
-import importlib
 import pkgutil
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -20,8 +22,8 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from sapo_learner.config import LearnerSettings, Settings, did_you_mean, parse
-from sapo_learner.errors import ConfigError
+from sapo_learner.config import LearnerSettings, Settings, parse
+from sapo_learner.plugins import find_class
 
 #: |log ratio| beyond which a token has no gradient. exp(20) is finite in float32 with room for a product, and the true
 #: SAPO gradient is below 1e-8 on both sides. Without it exp overflows and the gate's derivative is 0 * inf = NaN.
@@ -52,13 +54,18 @@ class Tokens:
     """[T] float: entropy of the current policy at each token, nats, without gradient."""
     policy_age: Tensor | None = None
     """[T] int: optimizer steps between the policy that sampled the token and this update."""
+    truncated: Tensor | None = None
+    """[T] bool: whether the token limit cut the token's response off; for filters."""
+    hidden: Tensor | None = None
+    """[T, H] float: last hidden state, from which the token was predicted, without gradient; for a filter that asks."""
 
     def __post_init__(self) -> None:
         if self.logprobs.ndim != 1:
             raise ValueError(f"logprobs has shape {tuple(self.logprobs.shape)}, not [T]")
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value.shape != self.logprobs.shape:
+            shape = None if value is None else value.shape[:1] if field.name == "hidden" else value.shape
+            if value is not None and shape != self.logprobs.shape:
                 raise ValueError(f"{field.name} has shape {tuple(value.shape)}, logprobs {tuple(self.logprobs.shape)}")
         if not self.logprobs.is_floating_point():
             raise ValueError(f"logprobs is {self.logprobs.dtype}, not a float")
@@ -98,6 +105,13 @@ class Tokens:
         total = self._sequence_sum(torch.where(self.loss_mask, values, 0.0))
         return total / self.sequence_lengths.clamp(min=1)
 
+    def sequence_max(self, values: Tensor) -> Tensor:
+        """[T] largest of `values` [T], which are not negative, over the unmasked tokens of each token's own response; 0
+        where it has none."""
+        ids, index = torch.unique(self.sequence_ids, return_inverse=True)
+        largest = values.new_zeros(len(ids)).scatter_reduce(0, index, torch.where(self.loss_mask, values, 0.0), "amax")
+        return largest[index]
+
     def _unclamped_log_ratio(self) -> Tensor:
         # The mask comes before anything non-linear: a derivative of 0 * inf behind a later mask would still be NaN.
         difference = self.logprobs.to(self.dtype) - self.behaviour_logprobs.detach().to(self.dtype)
@@ -107,6 +121,15 @@ class Tokens:
         """[T] sum of `values` [T] over each token's own response."""
         ids, index = torch.unique(self.sequence_ids, return_inverse=True)
         return values.new_zeros(len(ids)).index_add(0, index, values)[index]
+
+
+def concatenated(parts: Sequence[Tokens]) -> Tokens:
+    """The tokens of all parts, ordered by response so that it does not matter how they were split. Ids are unique over
+    the parts; an optional field is there if it is in all of them."""
+    order = torch.argsort(torch.cat([each.sequence_ids for each in parts]), stable=True)
+    columns = {field.name: [getattr(each, field.name) for each in parts] for field in fields(Tokens)}
+    whole = {name: values for name, values in columns.items() if all(each is not None for each in values)}
+    return Tokens(**{name: torch.cat(values)[order] for name, values in whole.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,14 +181,13 @@ def available() -> list[str]:
 
 
 def build(name: str, **options: Any) -> Objective:
-    """The objective in the file `name`, with `options` in place of its defaults. ConfigError if either is unknown."""
-    if name not in available():
-        raise ConfigError(f"unknown objective {name!r}, {did_you_mean(name, available())}", where="objective.name")
-    return parse(_class_in(name), options, where=f"objective {name!r}")
+    """The objective `name` with `options` in place of its defaults; ConfigError if either is unknown.
+
+    name: as `objective_class` takes it.
+    """
+    return parse(objective_class(name), options, where=f"objective {name!r}")
 
 
-def _class_in(name: str) -> type[Objective]:
-    module = importlib.import_module(f"{__name__}.{name}")
-    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Objective)]
-    (objective,) = (each for each in classes if each.__module__ == module.__name__)  # not those it imports
-    return objective
+def objective_class(name: str) -> type[Objective]:
+    """A name from `available`, a file such as "./mine.py", or "module:ClassName"; else ConfigError."""
+    return find_class(name, Objective, package=sys.modules[__name__], kind="objective")  # type: ignore[type-abstract]

@@ -17,8 +17,9 @@ from sapo_learner import checkpoint, skips
 from sapo_learner.archive import Archive
 from sapo_learner.config import LearnerSettings
 from sapo_learner.control import last_settings
+from sapo_learner.diagnostics import advice
 from sapo_learner.errors import Corrupt, NotFound, Unavailable
-from sapo_learner.learner import Learner
+from sapo_learner.learner import Learner, UpdateReport
 from sapo_learner.ledger import Ledger
 from sapo_learner.policy import Policy
 from sapo_learner.probe import draw_sequence, measure
@@ -67,6 +68,7 @@ class TrainingSession:
         self.log = ArchiveLog(archive)
         self.progress = Progress()
         self.saved_step = -1
+        self._lever = ""  # what the last warning named
 
     def restore(self, step: int | None = None) -> None:
         """Go to the newest usable checkpoint (of `step`, if given), or make checkpoint 0 of the base policy.
@@ -174,6 +176,13 @@ class TrainingSession:
         self._attention.done()
         self.save()
 
+    def _new_warning(self, update: UpdateReport) -> str | None:
+        """Said when there is something new to change, not at every step."""
+        found = advice(update.diagnostics, self.learner.settings.diagnostics.warn_spread)
+        lever = found.rpartition(":")[2] if found else ""
+        new, self._lever = lever != self._lever, lever
+        return found if new else None
+
     def _train(self, publish: Callable[[Snapshot], None], report: Callable[[StepNews], None]) -> None:
         config = self._config
         started, waited = time.time(), 0.0
@@ -184,6 +193,8 @@ class TrainingSession:
             last = self.learner.settings.training.steps
             for entry, reason in step.invalid.items():
                 log.error("entry %s is invalid: %s", entry, reason)
+            if warning := self._new_warning(step.update):
+                log.warning("step %d: %s", number, warning)
             if step.update.refusal:
                 log.error("step %d refused: %s", number, step.update.refusal)
             if number % config.checkpoint.every == 0 or number == last:
@@ -225,7 +236,10 @@ def step_record(step: StepReport, started: float, ended: float, waited: float) -
         "clamped_fraction": update.clamped_fraction,
         "policy_age_mean": update.policy_age_mean,
         "policy_age_max": update.policy_age_max,
-        "diagnostics": {name: dict(values) for name, values in update.diagnostics.items()},
+        "diagnostics": {
+            name: {group: float(f"{value:.6g}") for group, value in values.items()}
+            for name, values in update.diagnostics.items()
+        },
         "seconds": dict(update.seconds),
     }
 

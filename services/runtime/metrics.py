@@ -116,7 +116,9 @@ class LearnerMetrics(_Metrics):
             "sapo_learner_log_ratio_std", "Spread of current over behaviour log-prob per token"
         )
         self.diagnostics = self._gauge(
-            "sapo_objective_diagnostic", "Token mean of what the objective reports, by advantage sign", ("name", "sign")
+            "sapo_objective_diagnostic",
+            "What the objective did to a step's tokens, by sign of advantage or policy age",
+            ("name", "group"),
         )
         self.checkpoint = self._gauge("sapo_checkpoint_step", "Optimizer step of the newest checkpoint")
         self.archive_bytes = self._gauge("sapo_archive_bytes", "Size of the archive on disk")
@@ -138,6 +140,6 @@ class LearnerMetrics(_Metrics):
         self.gradient_norm.set(record["gradient_norm"])
         self.entropy.set(record["entropy"])
         self.log_ratio_std.set(record["log_ratio_std"])
-        for name, by_sign in record["diagnostics"].items():
-            for sign, value in by_sign.items():
-                self.diagnostics.labels(name, sign).set(value)
+        for name, groups in record["diagnostics"].items():
+            for group, value in groups.items():
+                self.diagnostics.labels(name, group).set(value)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sapo_learner.aggregation import Mode, token_weights
+from sapo_learner.filters import build as build_filter
 from sapo_learner.objectives import Tokens, build
 
 trainer = pytest.importorskip("trl.trainer.grpo_trainer")
@@ -139,4 +140,36 @@ def test_gspo(seed: int) -> None:
     theirs, gradient = loss.of(batch)
     value, own = ours(batch, "gspo", "sequence_mean", clip_low=0.1, clip_high=0.3)
     assert value == pytest.approx(theirs, abs=EXACT)
+    torch.testing.assert_close(own, gradient, atol=EXACT, rtol=EXACT)
+
+
+@seeds
+def test_cispo(seed: int) -> None:
+    """TRL's epsilon_high is the bound itself, ours the width above 1; its value is a score-function form's, ours is 0
+    on-policy, so gradients alone are compared."""
+    batch = Batch(seed)
+    _, gradient = Loss(loss_type="cispo", epsilon_high=1.3).of(batch)
+    _, own = ours(batch, "cispo", "token_mean", clip_high=0.3)
+    torch.testing.assert_close(own, gradient, atol=EXACT, rtol=EXACT)
+
+
+@seeds
+def test_vespo(seed: int) -> None:
+    """TRL's constants become float32 in a torch.where of two numbers; gradients alone, as for CISPO."""
+    batch = Batch(seed)
+    _, gradient = Loss(loss_type="vespo").of(batch)
+    _, own = ours(batch, "vespo", "token_mean")
+    torch.testing.assert_close(own, gradient, atol=ONE_CAST, rtol=ONE_CAST)
+
+
+@seeds
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.5])
+def test_negative_sequence_mask(seed: int, threshold: float) -> None:
+    batch = Batch(seed)
+    _, gradient = Loss(loss_type="grpo", off_policy_mask_threshold=threshold).of(batch)
+    logprobs = batch.logprobs.clone().requires_grad_()
+    tokens = batch.tokens(logprobs)
+    keep = build_filter("negative_sequence_mask", threshold=threshold)(tokens)
+    loss = (token_weights(tokens, "sequence_mean") * keep * build("grpo")(tokens).loss).sum()
+    (own,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(own, gradient, atol=EXACT, rtol=EXACT)

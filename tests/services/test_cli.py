@@ -80,7 +80,7 @@ def test_config_prints_a_file_that_config_reads(tmp_path: Path) -> None:
     assert sapo("config", path).out == printed
     assert "tau_neg: 1.1" in printed
     assert json.loads(sapo("config", path, "--json").out)["objective"] == {
-        "name": "sapo", "tau_pos": 1.0, "tau_neg": 1.1,
+        "name": "sapo", "gate": "sigmoid", "tau_pos": 1.0, "tau_neg": 1.1, "positive_ramp": False, "age_full": 4,
     }  # fmt: skip
 
 

@@ -1,0 +1,449 @@
+"""The gates of SAPO, its presets and its age ramp, and the presets of GRPO.
+
+Naive ground truths in python floats, check values computed elsewhere (vectors/related.json, and vectors/sapo.json for
+what has no row in test_objective_vectors.py), and the properties of SAPO's gate, here for every gate.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sapo_learner.aggregation import token_weights
+from sapo_learner.config import LearnerSettings
+from sapo_learner.errors import ConfigError
+from sapo_learner.learner import Learner
+from sapo_learner.objectives import Objective, Tokens, build
+from sapo_learner.policy import tiny_policy
+
+torch.set_num_threads(1)
+quick = settings(max_examples=40, deadline=None)
+VECTORS = Path(__file__).parent / "vectors"
+RELATED: dict[str, Any] = json.loads((VECTORS / "related.json").read_text())
+BATCH: dict[str, Any] = json.loads((VECTORS / "sapo.json").read_text())["batch_example"]
+TEMPERATURES = {"1/1.05": {}, "10/12": {"preset": "sharp"}}
+
+
+def make(
+    new: Any,
+    old: Any,
+    advantages: Any,
+    *,
+    mask: Any = None,
+    ids: Any = None,
+    age: Any = None,
+    dtype: Any = torch.float64,
+) -> Tokens:
+    """Tokens from lists; every token its own response unless `ids` says otherwise."""
+    return Tokens(
+        logprobs=torch.tensor(new, dtype=dtype).requires_grad_(),
+        behaviour_logprobs=torch.tensor(old, dtype=dtype),
+        advantages=torch.tensor(advantages, dtype=dtype),
+        loss_mask=torch.ones(len(new), dtype=torch.bool) if mask is None else torch.tensor(mask).bool(),
+        sequence_ids=torch.arange(len(new)) if ids is None else torch.tensor(ids),
+        policy_age=None if age is None else torch.tensor(age),
+    )
+
+
+def at_ratios(ratios: list[float], advantages: list[float], **fields: Any) -> Tokens:
+    return make([math.log(r) for r in ratios], [0.0] * len(ratios), advantages, **fields)
+
+
+def gradient(objective: Objective, tokens: Tokens) -> Tensor:
+    """d loss_t / d logprob_t; every token its own response."""
+    (found,) = torch.autograd.grad(objective(tokens).loss.sum(), tokens.logprobs)
+    return found
+
+
+def coefficient(objective: Objective, ratios: list[float], a: float, **fields: Any) -> list[float]:
+    """c(r) = r w(r): the gradient is -A c."""
+    return (gradient(objective, at_ratios(ratios, [a] * len(ratios), **fields)) / -a).tolist()
+
+
+def weighted(objective: Objective, tokens: Tokens, mode: Any = "sequence_mean", **options: Any) -> tuple[float, Tensor]:
+    total = (token_weights(tokens, mode, **options) * objective(tokens).loss).sum()
+    (found,) = torch.autograd.grad(total, tokens.logprobs)
+    return total.item(), found
+
+
+def close(value: float, dtype: torch.dtype, float64_abs: float = 1e-12, tau: float = 1.0) -> Any:
+    if dtype == torch.float64:
+        return pytest.approx(value, abs=float64_abs)
+    # A steep gate shows the rounding of r itself: relative to 1, four steps of it.
+    return pytest.approx(value, rel=2e-6, abs=0.0 if tau < 2 else 4 * 2**-23)
+
+
+both = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+
+
+# ---- Ground truth: f as the papers write it, and the SAPO paper's double sum
+
+
+def f_sigmoid(r: float, tau: float) -> float:
+    return 4 / tau / (1 + math.exp(-tau * (r - 1)))
+
+
+def f_erf(r: float, tau: float) -> float:
+    return 1 + math.sqrt(math.pi / 2) / tau * math.erf(tau * (r - 1) / math.sqrt(2))
+
+
+def f_arctan(r: float, tau: float) -> float:
+    return 1 + math.atan(tau * (r - 1)) / tau
+
+
+def f_softsign(r: float, tau: float) -> float:
+    return 1 + (r - 1) / math.sqrt(1 + (tau * (r - 1)) ** 2)
+
+
+F: dict[str, Callable[[float, float], float]] = {
+    "sigmoid": f_sigmoid, "erf": f_erf, "arctan": f_arctan, "softsign": f_softsign,
+}  # fmt: skip
+every_gate = pytest.mark.parametrize("gate", F)
+
+#: A response: its advantage, and (log pi_theta, log pi_old, mask) per token.
+Response = tuple[float, list[tuple[float, float, bool]]]
+advantage = st.floats(-3, 3).filter(lambda a: a == 0 or abs(a) > 1e-3)
+logprob = st.floats(-3, 0)
+response = st.tuples(
+    advantage,
+    st.lists(st.tuples(logprob, logprob, st.booleans()), min_size=1, max_size=5).filter(lambda y: any(t[2] for t in y)),
+)
+FIXED: list[Response] = [
+    (1.3, [(-0.5, -0.6, True), (-1.2, -1.0, True), (-0.9, -9.0, False), (-0.3, -1.1, True)]),
+    (-0.7, [(-0.7, -0.2, True), (-1.5, -1.2, True), (-0.9, -1.6, True)]),
+    (-0.6, [(-0.71, -0.7, True), (-0.4, -0.6, False)]),
+]
+
+
+def truth(responses: list[Response], f: Callable[[float, float], float], tau_pos: float, tau_neg: float) -> float:
+    total = 0.0
+    for a, y in responses:
+        tau = tau_pos if a > 0 else tau_neg
+        unmasked = [math.exp(new - old) for new, old, mask in y if mask]
+        total += sum((f(r, tau) - f(1, tau)) * a for r in unmasked) / len(unmasked)
+    return -total / len(responses)
+
+
+def pack(responses: list[Response]) -> Tokens:
+    rows = [(*token, a, 5 - 3 * i) for i, (a, y) in enumerate(responses) for token in y]
+    new, old, mask, advantages, ids = (list(column) for column in zip(*rows, strict=True))
+    return make(new, old, advantages, mask=mask, ids=ids)
+
+
+@every_gate
+@quick
+@given(responses=st.lists(response, min_size=1, max_size=4), tau_pos=st.floats(0.1, 12), tau_neg=st.floats(0.1, 12))
+def test_value_is_the_papers_double_sum(gate: str, responses: list[Response], tau_pos: float, tau_neg: float) -> None:
+    value, _ = weighted(build("sapo", gate=gate, tau_pos=tau_pos, tau_neg=tau_neg), pack(responses))
+    assert value == pytest.approx(truth(responses, F[gate], tau_pos, tau_neg), rel=1e-11, abs=1e-12)
+
+
+@every_gate
+@pytest.mark.parametrize("taus", [(1.0, 1.05), (3.0, 2.0), (10.0, 12.0)])
+def test_gradient_is_the_slope_of_the_double_sum(gate: str, taus: tuple[float, float]) -> None:
+    _, found = weighted(build("sapo", gate=gate, tau_pos=taus[0], tau_neg=taus[1]), pack(FIXED))
+    slopes, h = [], 1e-5
+    for i, (a, y) in enumerate(FIXED):
+        for t, (new, old, mask) in enumerate(y):
+            up, down = (
+                truth(
+                    [*FIXED[:i], (a, [*y[:t], (new + step, old, mask), *y[t + 1 :]]), *FIXED[i + 1 :]], F[gate], *taus
+                )
+                for step in (h, -h)
+            )
+            slopes.append((up - down) / (2 * h))
+    assert found.tolist() == pytest.approx(slopes, abs=3e-8)  # the third derivative at tau 12 times h^2
+
+
+# ---- Check values
+
+
+@both
+def test_gate_rows(dtype: torch.dtype) -> None:
+    """Twelve digits in the file. Its values carry the constant f(1) A, which ours leaves out."""
+    rows = RELATED["sapo_gates"]["rows"]
+    assert len(rows) == 112
+    for row in rows:
+        objective = build("sapo", gate=row["gate"], tau_pos=row["tau"], tau_neg=row["tau"])
+        tokens = at_ratios([row["r"]], [row["A"]], dtype=dtype)
+        constant = F[row["gate"]](1, row["tau"]) * row["A"]
+        assert objective(tokens).loss.item() - constant == close(row["loss"], dtype, 1e-9, row["tau"]), row
+        assert gradient(objective, tokens).item() == close(row["dL_dlogp"], dtype, 1e-9, row["tau"]), row
+
+
+def padded_batch(dtype: torch.dtype) -> Tokens:
+    """The [3, 4] example of the file, padding and all."""
+    new, old, mask = (torch.tensor(BATCH[key], dtype=torch.float64).flatten().tolist() for key in FLAT)
+    advantages = torch.tensor(BATCH["adv_population_std"], dtype=torch.float64).repeat_interleave(4).tolist()
+    return make(new, old, advantages, mask=mask, ids=[4] * 4 + [-1] * 4 + [2] * 4, dtype=dtype)
+
+
+FLAT = ("logp_new", "logp_behaviour", "mask")
+
+
+@both
+@pytest.mark.parametrize("key", RELATED["sapo_gates_batch"])
+def test_gate_batches(key: str, dtype: torch.dtype) -> None:
+    gate, temperatures = key.split("_")
+    objective = build("sapo", gate=gate, **TEMPERATURES[temperatures])
+    tokens = padded_batch(dtype)
+    advantages = tokens.masked_advantages
+    taus = (objective.tau_pos, objective.tau_neg)
+    constant = torch.tensor(
+        [F[gate](1, taus[0] if a > 0 else taus[1]) * a for a in advantages.tolist()], dtype=torch.float64
+    )
+    value = (token_weights(tokens, "sequence_mean") * (objective(tokens).loss - constant)).sum().item()
+    assert value == pytest.approx(
+        RELATED["sapo_gates_batch"][key]["loss_seq_mean"], abs=1e-9 if dtype == torch.float64 else 1e-6
+    )
+
+
+@both
+def test_low_side(dtype: torch.dtype) -> None:
+    for row in RELATED["low_side"]:
+        objective = build("sapo", gate=row["gate"], tau_neg=row["tau"])
+        at_half, at_fifth = coefficient(objective, [0.5, 0.2], -1.0, dtype=dtype)
+        assert at_half == close(row["coef_r05"], dtype, tau=row["tau"]), row
+        assert at_fifth == close(row["coef_r02"], dtype, tau=row["tau"]), row
+        floor = objective(make([-99.0], [0.0], [-1.0], dtype=dtype)).diagnostics["gate"].item()
+        assert floor == pytest.approx(row["w0"], abs=2.1e-8 * row["tau"], rel=2e-6), row  # log ratio -20, r = 2e-9
+
+
+PRESET_BATCHES = {"dapo": ("dapo_0.2_0.28", "token_mean", {}), "dr_grpo": ("dr_grpo_max4", "constant", {"length": 4})}
+
+
+@both
+@pytest.mark.parametrize("name", PRESET_BATCHES)
+def test_batch_example_with_the_presets_of_grpo(name: str, dtype: torch.dtype) -> None:
+    key, mode, options = PRESET_BATCHES[name]
+    value, found = weighted(build(name), padded_batch(dtype), mode, **options)
+    expected = BATCH["losses"][key]
+    assert value == pytest.approx(expected["loss"], abs=1e-12 if dtype == torch.float64 else 1e-6)
+    assert found.tolist() == [close(each, dtype) for row in expected["grad"] for each in row]
+
+
+# ---- Properties of every gate; for the sigmoid T1 to T7 are in test_objectives.py
+
+
+@every_gate
+@quick
+@given(t=st.floats(0.01, 20), a=advantage)
+def test_t1_t2_slope_one_on_policy_for_every_tau(gate: str, t: float, a: float) -> None:
+    objective, tokens = build("sapo", gate=gate, tau_pos=t, tau_neg=t), at_ratios([1.0], [a])
+    assert objective(tokens).diagnostics["gate"].item() == 1
+    assert objective(tokens).loss.item() == 0
+    assert gradient(objective, tokens).item() == -a
+
+
+@every_gate
+@quick
+@given(t=st.floats(0.01, 1.5), d=st.floats(1e-3, 1 - 1e-3), further=st.floats(1.01, 3), a=st.sampled_from([-1.0, 1.0]))
+def test_t3_t6_the_gate_is_symmetric_and_closes(gate: str, t: float, d: float, further: float, a: float) -> None:
+    options = {"gate": gate, "tau_pos": t, "tau_neg": t}
+    tokens = at_ratios([1 + d, 1 - d, 1 + d * further], [a] * 3)
+    surrogate = build("sapo", **options)(tokens)
+    above, below, beyond = surrogate.diagnostics["gate"].tolist()
+    assert above == pytest.approx(below, rel=1e-9)
+    assert 0 < beyond < above < 1
+    assert coefficient(build("sapo", **options), [1 + d], a) == pytest.approx([(1 + d) * above], rel=1e-12)
+    sharper = build("sapo", **(options | {"tau_pos": 1.1 * t, "tau_neg": 1.1 * t}))(tokens)
+    assert sharper.diagnostics["gate"][0] < above
+    at, lower, higher = (-surrogate.loss / a).tolist()
+    assert lower < 0 < at < higher  # f grows with r; at larger tau erf is 1 in float64
+
+
+@every_gate
+@quick
+@given(r=st.floats(0.25, 4), a=st.sampled_from([-1.0, 1.0]))
+def test_t4_small_tau_is_plain_importance_sampling(gate: str, r: float, a: float) -> None:
+    assert coefficient(build("sapo", gate=gate, tau_pos=1e-4, tau_neg=1e-4), [r], a)[0] == pytest.approx(r, abs=1e-6)
+
+
+@every_gate
+@both
+@quick
+@given(z=st.floats(-100, 100), a=advantage, t=st.sampled_from([0.01, 1.0, 12.0, 1e6]))
+def test_t5_t7_signs_hold_and_coefficients_stay_bounded(gate: str, dtype: Any, z: float, a: float, t: float) -> None:
+    objective = build("sapo", gate=gate, tau_pos=t, tau_neg=t)
+    found = gradient(objective, make([z], [0.0], [a], dtype=dtype)).item()
+    assert found * a <= 0
+    assert math.isfinite(found)
+    # Every f' is at most 1 and 4 / (tau x)^2, so r f' = f' + x f' is at most 1 + min(x, 4 / (tau^2 x)).
+    assert abs(found) <= abs(a) * (1 + 2 / t) * (1 + 1e-5)
+
+
+@quick
+@given(x=st.lists(st.floats(-0.9, 2), min_size=1, max_size=20), t=st.floats(0.1, 5))
+def test_t12_the_mean_gate_of_a_response_is_near_the_gate_of_its_mean(x: list[float], t: float) -> None:
+    """Section 4 of the SAPO paper, where x = r - 1 stands for log r: within tau^2/4 times the variance."""
+    mean = sum(x) / len(x)
+    variance = sum((each - mean) ** 2 for each in x) / len(x)
+    tokens = at_ratios([1 + each for each in [*x, mean]], [1.0] * (len(x) + 1))
+    *gates, gate_of_mean = build("sapo", tau_pos=t)(tokens).diagnostics["gate"].tolist()
+    assert abs(sum(gates) / len(gates) - gate_of_mean) <= t**2 / 4 * variance + 1e-12
+
+
+@quick
+@given(logits=st.lists(st.floats(-4, 4), min_size=2, max_size=6), a=st.floats(-2, 2), chosen=st.integers(0, 1))
+def test_t14_pushing_a_token_down_raises_every_other_logit_by_its_probability(
+    logits: list[float], a: float, chosen: int
+) -> None:
+    z = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    logprobs = z.log_softmax(-1)[chosen : chosen + 1]
+    old = logprobs.detach()
+    one = torch.ones(1, dtype=torch.bool)
+    loss = build("sapo")(Tokens(logprobs, old, torch.full_like(old, a), one, one.long())).loss.sum()
+    (found,) = torch.autograd.grad(loss, z)
+    probability = z.detach().softmax(-1)
+    expected = a * probability
+    expected[chosen] -= a
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+# ---- Options: the preset
+
+
+def test_a_preset_is_two_temperatures_and_the_resolved_options_show_them() -> None:
+    sharp, paper = build("sapo", preset="sharp").model_dump(), build("sapo", preset="paper").model_dump()
+    assert (sharp["tau_pos"], sharp["tau_neg"]) == (10, 12)
+    assert (paper["tau_pos"], paper["tau_neg"]) == (1, 1.05)
+    assert paper == build("sapo").model_dump()
+    assert "preset" not in sharp
+    assert build("sapo", **sharp).model_dump() == sharp
+
+
+def test_a_temperature_that_is_given_wins_over_the_preset() -> None:
+    mixed = build("sapo", preset="sharp", tau_neg=3.0)
+    assert (mixed.tau_pos, mixed.tau_neg) == (10, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "blunt"}, "'preset': .*'paper' or 'sharp'.*got 'blunt'"),
+        ({"preset": ["sharp"]}, "'preset'"),
+        ({"preset": "sharp", "tau_pos": -1}, "'tau_pos'.*greater than 0"),
+        ({"gate": "tanh"}, "'gate'.*'sigmoid', 'erf', 'arctan' or 'softsign'"),
+        ({"age_full": 0}, "'age_full'"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build("sapo", **options)
+
+
+# ---- positive_ramp, ours
+
+
+def bits(objective: Objective, tokens: Tokens) -> tuple[list[float], list[float], list[float]]:
+    surrogate = objective(tokens)
+    (found,) = torch.autograd.grad(surrogate.loss.sum(), tokens.logprobs)
+    return surrogate.loss.tolist(), found.tolist(), surrogate.diagnostics["gate"].tolist()
+
+
+@every_gate
+@both
+@quick
+@given(z=st.lists(st.floats(-30, 30), min_size=2, max_size=6), a=advantage, known=st.booleans())
+def test_positive_ramp_is_sapo_bit_for_bit_at_age_0(
+    gate: str, dtype: Any, z: list[float], a: float, known: bool
+) -> None:
+    age = [0] * len(z) if known else None
+    tokens = make(z, [0.0] * len(z), [a, -a] + [a] * (len(z) - 2), age=age, dtype=dtype)
+    assert bits(build("sapo", gate=gate, positive_ramp=True), tokens) == bits(build("sapo", gate=gate), tokens)
+
+
+@both
+@pytest.mark.parametrize("age", [4, 5, 900])
+def test_positive_ramp_from_age_full_on_is_positives_only_and_closed_outwards(dtype: torch.dtype, age: int) -> None:
+    """xp10 of the study: A > 0 at temperature 10 above r = 1 and 1 below, A < 0 not at all."""
+    ramp, ratios = build("sapo", positive_ramp=True), [0.25, 0.5, 1.0, 1.2, 2.0, 4.0]
+    good = at_ratios(ratios, [1.5] * 6, age=[age] * 6, dtype=dtype)
+    low, high = bits(build("sapo"), good), bits(build("sapo", tau_pos=10.0), good)
+    assert bits(ramp, good) == tuple([*below[:3], *above[3:]] for below, above in zip(low, high, strict=True))
+    bad = at_ratios(ratios, [-1.5] * 6, age=[age] * 6, dtype=dtype)
+    assert bits(ramp, bad) == ([0.0] * 6,) * 3
+
+
+#: Age: coefficient r w at r = .25 .5 1 1.5 2 4 for A > 0, and for A < 0 with its weight; from the study that chose it.
+STUDY = {
+    1: ([0.218, 0.470, 1.000, 0.825, 0.287, 0.001], [0.050, 0.195, 0.750, 1.051, 1.152, 0.473]),
+    2: ([0.218, 0.470, 1.000, 0.339, 0.032, 0.000], [0.006, 0.050, 0.500, 0.701, 0.768, 0.315]),
+    4: ([0.218, 0.470, 1.000, 0.040, 0.000, 0.000], [0.000] * 6),
+}
+
+
+@pytest.mark.parametrize("age", STUDY)
+def test_positive_ramp_has_the_coefficients_of_the_study(age: int) -> None:
+    ratios = [0.25, 0.5, 1.0, 1.5, 2.0, 4.0]
+    for sign, expected in zip((1.0, -1.0), STUDY[age], strict=True):
+        for scale in (1, 3):  # ages and age_full in any unit
+            objective = build("sapo", positive_ramp=True, age_full=4 * scale)
+            found = coefficient(objective, ratios, sign, age=[age * scale] * 6)
+            assert found == pytest.approx(expected, abs=5.1e-4)
+
+
+def test_positive_ramp_takes_each_tokens_age_for_its_gate_and_the_oldest_for_the_weight() -> None:
+    objective, r = build("sapo", positive_ramp=True), 0.5
+    tokens = at_ratios(
+        [r] * 6, [-1.0] * 6, ids=[9, 9, 9, 9, 2, 2], mask=[1, 1, 1, 0, 1, 1], age=[0, 1, 3, 4, 0, 0]
+    )  # the token of age 4 is masked
+    found = gradient(objective, tokens).tolist()
+    expected = [
+        *((1 - 3 / 4) * r / math.cosh(1.05 * (1 + 9 * age / 4) * (r - 1) / 2) ** 2 for age in (0, 1, 3)), 0.0,
+        *[r / math.cosh(1.05 * (r - 1) / 2) ** 2] * 2,  # the other response is young
+    ]  # fmt: skip
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert objective(tokens).diagnostics["gate"].tolist()[:3] == pytest.approx([each / r for each in expected[:3]])
+
+
+# ---- Presets of GRPO: the settings that make them what they are
+
+
+def settings_of(name: str, **sections: dict[str, Any]) -> LearnerSettings:
+    return LearnerSettings.model_validate({"objective": {"name": name}, **sections})
+
+
+CONTRADICTIONS = [
+    ("dr_grpo", {}, "aggregation.mode=constant .*aggregation.length.* and advantages.std=none, or use grpo"),
+    ("dr_grpo", {"aggregation": {"mode": "constant", "length": 8}}, r"\(set advantages.std=none, or"),
+    ("dr_grpo", {"advantages": {"std": "none"}}, r"\(set aggregation.mode=constant"),
+    ("dapo", {}, r"\(set aggregation.mode=token_mean, or use grpo"),
+    ("dapo", {"aggregation": {"mode": "token_mean"}, "advantages": {"std": "none"}}, r"\(set advantages.std="),
+]
+CONTRADICTIONS += [
+    ("dr_grpo", {"advantages": {"estimator": "leave_one_out", "std": "none"}}, "advantages.estimator=group"),
+    ("dapo", {"advantages": {"estimator": "leave_one_out"}}, "advantages.estimator=group"),
+]
+RIGHT = {
+    "dr_grpo": {"aggregation": {"mode": "constant", "length": 8}, "advantages": {"std": "none"}},
+    "dapo": {"aggregation": {"mode": "token_mean"}, "advantages": {"std": "sample"}},
+}
+
+
+@pytest.mark.parametrize(("name", "sections", "message"), CONTRADICTIONS)
+def test_a_preset_refuses_settings_that_contradict_it(name: str, sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"objective.name {name}: .*{message}"):
+        build(name).check(settings_of(name, **sections))
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_learner_checks_it_and_a_refused_change_leaves_it_as_it_was(name: str) -> None:
+    learner = Learner(tiny_policy("01=", seed=0), settings_of(name, **RIGHT[name]), temperature=1.0)
+    before = learner.objective
+    with pytest.raises(ConfigError, match=r"aggregation\.mode"):
+        learner.change_settings(settings_of("dapo" if name == "dr_grpo" else "dr_grpo", **RIGHT[name]))
+    assert learner.objective is before
+    assert learner.settings == settings_of(name, **RIGHT[name])
+
+
+def test_presets_are_grpo_with_their_published_bands() -> None:
+    assert build("dapo").model_dump() == build("grpo", clip_high=0.28).model_dump()
+    assert build("dr_grpo").model_dump() == build("grpo").model_dump()
