@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from services.runtime.settings import dump_config
@@ -44,6 +45,11 @@ def begun(directory: Path) -> int:
     return record.read_text().count('"kind":"step"') if record.exists() else 0
 
 
+def loads(up: Up, library: str) -> bool:
+    """Before its first import, Python itself would answer Ctrl-C, with a traceback."""
+    return any(library in each.path for each in psutil.Process(up.process.pid).memory_maps())
+
+
 def wait_for(up: Up, condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -59,7 +65,7 @@ def test_ctrl_c_at_any_moment_and_again_during_the_drain(tmp_path: Path) -> None
     path.write_text(dump_config(config))
 
     up = Up(path)  # while modules load
-    time.sleep(0.3)
+    wait_for(up, lambda: loads(up, "_asyncio"))
     up.interrupt()
     up.ended()
 

