@@ -1,8 +1,15 @@
 """What tests of the whole stack share."""
 
+import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# In CI the same examples every time, so that what fails there is a change and not chance; elsewhere new ones.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ def step_of(masks: list[list[bool]], seed: int = 0) -> Tokens:
         advantages=torch.randn(len(masks), generator=generator, dtype=torch.float64).repeat_interleave(lengths),
         loss_mask=mask,
         sequence_ids=torch.randperm(100, generator=generator)[: len(masks)].repeat_interleave(lengths),
+        entropy=3 * torch.rand(len(mask), generator=generator, dtype=torch.float64),
     )
 
 
@@ -153,7 +154,11 @@ def test_duplicating_the_step_changes_no_mean(mode: Mode, length: int | None, ob
     torch.testing.assert_close(doubled, torch.cat([gradient, gradient]) / 2, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("objective", available())
+#: Under these a token's own loss depends on how many tokens come before it or are there, or on quantiles over them.
+LENGTH_MATTERS = {"aspo", "cppo", "espo", "minpro", "vespo"}
+
+
+@pytest.mark.parametrize("objective", sorted(set(available()) - LENGTH_MATTERS))
 def test_t10_only_sequence_mean_ignores_the_length_of_a_response(objective: str) -> None:
     """Each token of the first response twice: a longer response that says the same."""
     tokens = step_of([[True] * 3, [True] * 4])

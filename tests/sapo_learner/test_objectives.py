@@ -25,7 +25,9 @@ tau = st.floats(0.01, 20)
 
 #: One response: its advantage, and per token (log pi_theta, log pi_old, mask).
 Response = tuple[float, list[tuple[float, float, bool]]]
-logprob = st.floats(-3, 0)
+#: On a grid: equal numbers are equal then, and others so far apart that both sides of a bound agree on the side.
+GRID = 0.00137
+logprob = st.floats(-3, 0).map(lambda x: round(x / GRID) * GRID)
 response = st.tuples(
     advantage,
     st.lists(st.tuples(logprob, logprob, st.booleans()), min_size=1, max_size=5).filter(lambda y: any(t[2] for t in y)),
