@@ -164,6 +164,9 @@ class VllmEngine:
                 raise Mismatch(f"vLLM's workers refuse the weights: {error}", where=self.name) from error
             try:
                 await self._within(self._llm.finish_weight_update(vllm_adapter.label(policy)), "applying new weights")
+            except asyncio.CancelledError:  # new weights may be there under the old name
+                self._end("it was interrupted while changing its weights")
+                raise
             except Exception as error:
                 self._end(f"it failed while changing its weights: {error}")
                 raise self._gone() from error

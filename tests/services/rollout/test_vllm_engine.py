@@ -119,6 +119,25 @@ async def test_an_engine_that_fails_while_it_changes_its_weights_is_gone(
     await gone(engine, running)
 
 
+async def test_an_engine_that_is_interrupted_while_it_changes_its_weights_is_gone(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applying = asyncio.Event()
+
+    async def hangs(_: str) -> None:
+        applying.set()
+        await asyncio.Event().wait()
+
+    running = asyncio.create_task(respond(engine, request("running", tokens=240)))
+    monkeypatch.setattr(engine._llm, "finish_weight_update", hangs)
+    update = asyncio.create_task(engine.update_weights(NEW.tensors(), PolicyVersion(1, 10)))
+    await applying.wait()
+    update.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await update
+    await gone(engine, running)
+
+
 async def test_an_engine_whose_core_hangs_is_given_up(engine: VllmEngine) -> None:
     engine._call_seconds = 1.0
     core = engine_cores(psutil.Process())[-1]
