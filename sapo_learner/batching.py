@@ -66,12 +66,14 @@ def collate(
     step: int,
     microbatch_tokens: int,
     normalise_by: Literal["step", "signal"] = "step",
+    ranks: int = 1,
 ) -> TrainingBatch:
     """Pack the responses of all groups with signal: one with sampled tokens has an advantage that is not 0.
 
     advantages: one [G] array per group. step: optimizer steps done before this one, from which ages are counted.
     microbatch_tokens: most tokens of a microbatch, prompts included, unless it is one longer response. normalise_by
-    "step": groups without signal count in the denominators.
+    "step": groups without signal count in the denominators. ranks: that will share the microbatches, so that there are
+    as many for each, if there are responses enough.
     """
     rows: list[_Row] = []
     signal: list[bool] = []
@@ -85,21 +87,35 @@ def collate(
             for index in np.flatnonzero(sampled):
                 response, advantage = group.trajectories[index], float(group_advantages[index])
                 rows.append(_Row(group.prompt_ids, response, advantage, sequence_id=len(rows), group=number))
-    microbatches = tuple(_microbatch(part, step) for part in _packs(rows, microbatch_tokens))
+    microbatches = tuple(_microbatch(part, step) for part in _packs(rows, microbatch_tokens, ranks))
     return TrainingBatch(microbatches, counts, tuple(signal))
 
 
-def _packs(rows: list[_Row], budget: int) -> list[list[_Row]]:
+def idle_microbatch(like: Microbatch) -> Microbatch:
+    """One token that counts nowhere, for a rank that has no microbatch left while others have one."""
+    one, none = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    return Microbatch(
+        input_ids=like.input_ids[:1], lengths=(1,), predictor=one, targets=like.targets[:1],
+        behaviour_logprobs=none.float(), advantages=none, loss_mask=one.bool(), sequence_ids=one, policy_age=one,
+        truncated=one.bool(), groups=(),
+    )  # fmt: skip
+
+
+def _packs(rows: list[_Row], budget: int, ranks: int) -> list[list[_Row]]:
     """About as few packs as the budget allows, and about equally full, for ranks that share them wait for the last."""
     rows = sorted(rows, key=lambda each: -each.length)  # stable: equal lengths keep the log's order
     alone = [row.length for row in rows if row.length >= budget]
     rest = sum(row.length for row in rows) - sum(alone)
     count = len(alone) + -(-rest // budget)
-    packs = _spread(rows, count)
+    packs = _spread(rows, _multiple(count, ranks))
     while any(len(pack) > 1 and sum(row.length for row in pack) > budget for pack in packs):
         count += max(1, count // 16)
-        packs = _spread(rows, count)
+        packs = _spread(rows, _multiple(count, ranks))
     return packs
+
+
+def _multiple(count: int, ranks: int) -> int:
+    return -(-count // ranks) * ranks
 
 
 def _spread(rows: list[_Row], count: int) -> list[list[_Row]]:

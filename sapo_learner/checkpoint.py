@@ -1,6 +1,7 @@
 """Everything needed to go on exactly: weights, optimizer, random state, and the place in the log, as one directory.
 
     step-<step>-<token>/  model.safetensors  optimizer.safetensors  rng.safetensors  checkpoint.json
+                          shards/ in place of the first two, where several ranks each hold a share
 
 checkpoint.json names size and SHA-256 of the others and of itself. A directory gets its name only after everything in
 it is on the disk, so whatever has that name is whole, unless the disk lost something later.
@@ -16,7 +17,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sapo_learner import shards
 from sapo_learner.disk import naming
 from sapo_learner.errors import Corrupt, Fenced, NotFound
 from sapo_learner.manifest import Blob
+from sapo_learner.parallel import ALONE, Ranks
 from sapo_learner.segment import fsync
 from sapo_learner.snapshot import save_tensors
 
@@ -35,7 +39,8 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _FACTS = "checkpoint.json"
-_TENSORS = ("model", "optimizer", "rng")
+_SHARES = ("model", "optimizer")  # what ranks may each hold a share of
+_TENSORS = (*_SHARES, "rng")
 _NAME = re.compile(r"step-(\d{8,})-(\d{8,})")
 _TEMPORARY = ".tmp-"
 
@@ -76,15 +81,35 @@ class Loaded:
     reason: str
 
 
-def save(directory: Path, state: CheckpointState, *, token: int) -> Path:
+def save(directory: Path, state: CheckpointState, *, token: int, ranks: Ranks = ALONE) -> Path:
     """Write `state` as the checkpoint of `token` at its step and return its directory; durable (fsync) on return.
+
+    ranks: that all call this, each with its share; rank 0's disk and the others' are the same.
 
     A whole checkpoint of the same step and token is left as it is: the same writer at the same step has the same
     state. Raises Fenced when a newer token has a checkpoint, OSError when the disk is full (nothing stays behind).
     """
+    final = directory / f"step-{state.step:08d}-{token:08d}"
+    if ranks.decided(lambda: _is_saved(final, token)):
+        return final
+    temporary = directory / f"{_TEMPORARY}{final.name}"
+    try:
+        ranks.decided(temporary.mkdir)
+        _write(temporary, state, ranks)
+        ranks.decided(lambda: temporary.rename(final))
+    except BaseException:
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    ranks.decided(lambda: fsync(directory))
+    return final
+
+
+def _is_saved(final: Path, token: int) -> bool:
+    """Whether it is there already, and whole; makes room for it if not."""
+    directory = final.parent
     directory.mkdir(parents=True, exist_ok=True)
     _refuse_if_fenced(directory, token)
-    final = directory / f"step-{state.step:08d}-{token:08d}"
     if final.exists():
         try:
             _verified(final)
@@ -93,18 +118,9 @@ def save(directory: Path, state: CheckpointState, *, token: int) -> Path:
             shutil.rmtree(final)
         else:
             fsync(directory)  # which may be what failed when it was saved
-            return final
+            return True
     _clear_leftovers(directory, token)
-    temporary = directory / f"{_TEMPORARY}{final.name}"
-    temporary.mkdir()
-    try:
-        _write(temporary, state)
-        temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync(directory)
-    return final
+    return False
 
 
 def list_whole(directory: Path) -> list[Found]:
@@ -113,29 +129,63 @@ def list_whole(directory: Path) -> list[Found]:
 
 
 def load(path: Path) -> CheckpointState:
-    """Read a checkpoint, checking every digest. Tensors are on the CPU.
+    """Read a checkpoint, checking every digest. Tensors are whole and on the CPU.
 
     Raises Corrupt naming the file and another checkpoint to try, NotFound when there is no such directory.
     """
+    state = load_facts(path)
+    if is_sharded(path):
+        for name, tensor in shards.read(path).items():
+            kind, _, own = name.partition("/")
+            getattr(state, kind)[own] = tensor
+    else:
+        state.model, state.optimizer = (_read(path / f"{name}.safetensors") for name in _SHARES)
+    return state
+
+
+def load_facts(path: Path) -> CheckpointState:
+    """Everything but model and optimizer; their digests are checked, too. Raises what `load` does."""
     if not path.is_dir():
         raise NotFound("no such checkpoint", where=str(path))
     facts = _verified(path)
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for name in _TENSORS:
-        try:
-            tensors[name] = load_file(path / f"{name}.safetensors")
-        except safetensors.SafetensorError as error:
-            raise _corrupt(path / f"{name}.safetensors", str(error)) from None
     rest: dict[str, Any] = {
         each.name: facts[each.name] for each in fields(CheckpointState) if each.name not in _TENSORS
     }
-    return CheckpointState(**(rest | tensors))
+    return CheckpointState(**rest, model={}, optimizer={}, rng=_read(path / "rng.safetensors"))
+
+
+def is_sharded(path: Path) -> bool:
+    return (path / shards.METADATA).exists()
+
+
+def load_whole(path: Path) -> dict[str, Tensor]:
+    """Model and optimizer of a checkpoint that is not sharded, named as among shards."""
+    parts = {kind: _read(path / f"{kind}.safetensors") for kind in _SHARES}
+    return {f"{kind}/{name}": each for kind, part in parts.items() for name, each in part.items()}
+
+
+def share_of(state: CheckpointState) -> dict[str, Tensor]:
+    """Model and optimizer as they are named among shards."""
+    return {f"{kind}/{name}": each for kind in _SHARES for name, each in getattr(state, kind).items()}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except safetensors.SafetensorError as error:
+        raise _corrupt(path, str(error)) from None
 
 
 def load_newest(
-    directory: Path, step: int | None = None, *, belongs: Callable[[int, str], bool] | None = None
+    directory: Path,
+    step: int | None = None,
+    *,
+    belongs: Callable[[int, str], bool] | None = None,
+    read: Callable[[Path], CheckpointState] = load,
 ) -> Loaded:
     """The newest checkpoint (of `step`, if given) that is whole, and why newer ones were passed over.
+
+    read: `load` or `load_facts`.
 
     belongs: (cursor, chain) -> whether the log has that chain there; a checkpoint of a branch that the log left, after
     Redis was lost or the archive cut short, must not be resumed. Raises NotFound when there is no checkpoint, Corrupt
@@ -149,7 +199,7 @@ def load_newest(
     passed = []
     for found in candidates:
         try:
-            state = load(found.path)
+            state = read(found.path)
         except Corrupt as error:
             passed.append(f"{error.where}: {error.what}")
             continue
@@ -213,16 +263,22 @@ def _base(whole: list[Found]) -> Found | None:
     return found[-1] if found else None
 
 
-def _write(directory: Path, state: CheckpointState) -> None:
+def _write(directory: Path, state: CheckpointState, ranks: Ranks) -> None:
     """All files of a checkpoint, each on the disk, and then the directory."""
-    files = {}
-    for name in _TENSORS:
+    share, files = share_of(state), dict[str, Blob]()
+    if sharded := shards.are_sharded(share):
+        files = shards.write(share, directory, ranks)
+    ranks.decided(lambda: _write_rest(directory, state, ("rng",) if sharded else _TENSORS, files))
+
+
+def _write_rest(directory: Path, state: CheckpointState, names: tuple[str, ...], files: dict[str, Blob]) -> None:
+    for name in names:
         path = directory / f"{name}.safetensors"
         save_tensors(getattr(state, name), path)
         fsync(path)
-        files[path.name] = Blob.of(path).model_dump()
+        files[path.name] = Blob.of(path)
     facts = {each.name: getattr(state, each.name) for each in fields(state) if each.name not in _TENSORS}
-    facts |= {"format": _FORMAT, "files": files}
+    facts |= {"format": _FORMAT, "files": {name: blob.model_dump() for name, blob in files.items()}}
     path = directory / _FACTS
     with naming(path):
         path.write_text(json.dumps(facts | {"digest": _digest(facts)}, indent=1, allow_nan=False))
@@ -233,14 +289,26 @@ def _write(directory: Path, state: CheckpointState) -> None:
 def _verified(path: Path) -> dict[str, Any]:
     """checkpoint.json, after checking it and every file it names. Raises Corrupt."""
     facts = facts_of(path)
-    for name, expected in facts["files"].items():
-        try:
-            actual = Blob.of(path / name)
-        except FileNotFoundError:
-            raise _corrupt(path / name, "missing") from None
+    for name, expected, actual in _read_again(path, facts["files"]):
+        if actual is None:
+            raise _corrupt(path / name, "missing")
         if actual.model_dump() != expected:
             raise _corrupt(path / name, f"digest {actual.sha256}, {actual.size} bytes; expected {expected}")
     return facts
+
+
+def _read_again(path: Path, files: dict[str, Any]) -> Iterator[tuple[str, Any, Blob | None]]:
+    """Each file's name, what it was and what it is; several at a time, for shards may be many and large."""
+
+    def blob(name: str) -> Blob | None:
+        try:
+            return Blob.of(path / name)
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        for (name, expected), actual in zip(files.items(), pool.map(blob, files), strict=True):
+            yield name, expected, actual
 
 
 def _digest(facts: dict[str, Any]) -> str:

@@ -226,6 +226,22 @@ class TrainingSettings(Settings):
     """Ask torch for deterministic kernels (bit-exact on CPU)."""
 
 
+class ParallelSettings(Settings):
+    """How many processes the learner is, and what each of them holds; see docs/scaling.md."""
+
+    processes: int = Field(default=1, ge=1)
+    """Learner processes that `sapo up` starts with torchrun, one for each GPU. In a deployment torchrun says how
+    many."""
+    shard: int | None = Field(default=None, ge=1)
+    """How many of them share one copy of the weights (FSDP2). Left out: all. A divisor of their number: copies are
+    replicated (hybrid sharding), as for nodes whose links are slower than those within."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of a forward and backward pass. Weights that the optimizer sees, sums of gradients, log-probs and losses are
+    float32 in any case."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the layer again for its gradient: less memory, a third more time."""
+
+
 class LearnerSettings(Settings):
     """Everything that decides what the weights become, given the log."""
 

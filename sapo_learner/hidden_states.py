@@ -31,7 +31,7 @@ _LEAK = 0.01
 
 def packed_hidden(policy: Policy, input_ids: Tensor, packing: Packing) -> Tensor:
     """[N] int64 ids of the packed sequences -> [N, H], before the output projection; no sequence sees another."""
-    if policy.model.config._attn_implementation == IMPLEMENTATION:
+    if packs(policy):
         return _in_one_row(policy, input_ids, packing)
     return _in_padded_rows(policy, input_ids, packing)
 
@@ -54,9 +54,14 @@ def _in_padded_rows(policy: Policy, input_ids: Tensor, packing: Packing) -> Tens
     return packing.in_rows(policy.hidden, input_ids, real, padding=PADDING)
 
 
+def packs(policy: Policy) -> bool:
+    """Whether the policy's model runs on packed rows."""
+    return bool(policy.model.config._attn_implementation == IMPLEMENTATION)
+
+
 def use_packing(policy: Policy) -> bool:
     """Let the policy's model run on packed rows, if that gives what padded ones do; else log why it does not."""
-    if policy.model.config._attn_implementation == IMPLEMENTATION:
+    if packs(policy):
         return True
     reason = _unable(policy) or _tried(policy)
     if reason:

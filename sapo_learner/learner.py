@@ -9,7 +9,7 @@ and says why; so does one of whose tokens none counts.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +19,17 @@ from torch import Tensor
 
 from sapo_learner import proximal, reference
 from sapo_learner.aggregation import StepCounts, token_weights
-from sapo_learner.batching import Microbatch, TrainingBatch
+from sapo_learner.batching import Microbatch, TrainingBatch, idle_microbatch
 from sapo_learner.config import LearnerSettings, OptimizerSettings
 from sapo_learner.filters import build_all, combine
-from sapo_learner.hidden_states import packed_hidden, use_packing
-from sapo_learner.logprobs import token_logprobs
+from sapo_learner.hidden_states import use_packing
 from sapo_learner.memory import enough_memory
 from sapo_learner.objectives import Objective, Tokens, build, concatenated
+from sapo_learner.packed_logprobs import PackedLogprobs
 from sapo_learner.packing import Packing
 from sapo_learner.parallel import ALONE, Ranks
 from sapo_learner.policy import Policy
+from sapo_learner.sharding import ShardedPolicy, root_of, whole
 from sapo_learner.step_report import StepFigures, UpdateReport
 
 
@@ -45,15 +46,18 @@ class Learner:
         reference_directory: Path | None = None,
     ) -> None:
         """temperature: of the sampling distribution, applied to the logits before log-probs and entropy. ranks: those
-        that share each step. reference_directory: where `reference.keep` has put the policy that the run began with."""
-        self.policy, self.temperature, self._ranks = policy, temperature, ranks
+        that share each step, each with its share of a sharded policy. reference_directory: where `reference.keep` has
+        put the policy that the run began with."""
+        self.policy, self.temperature, self.ranks = policy, temperature, ranks
         self.step_count = 0
         self.began_with: str | None = None
         """Digest of the policy that the run began with; None where nobody said."""
         self._reference_directory = reference_directory
         self._reference: Policy | None = None
         self._device = policy.head_weight.device
-        use_packing(policy)
+        if not isinstance(policy, ShardedPolicy):
+            use_packing(policy)
+        self._root = root_of(policy)
         self.optimizer = torch.optim.AdamW(each for each in policy.model.parameters() if each.requires_grad)
         self.change_settings(settings)
 
@@ -93,7 +97,7 @@ class Learner:
 
     def tokens(self, microbatch: Microbatch) -> Tokens:
         """What the objective sees of a microbatch: current log-probs with gradient, and the recorded facts."""
-        logprobs, entropy, predictors = self._forward(self.policy, microbatch)
+        logprobs, entropy, predictors = self._forward(self._root, microbatch)
         tokens = self._tokens(microbatch, logprobs, entropy)
         asked = any(each.needs_hidden for each in self.filters.values())
         return replace(tokens, hidden=predictors.detach()) if asked else tokens
@@ -110,34 +114,48 @@ class Learner:
             truncated=microbatch.truncated.to(self._device),
         )
 
-    def _forward(self, policy: Policy, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, root: PackedLogprobs, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
         """[T] log-probs, [T] entropy and [T, H] the hidden states that they come from."""
-        packing = Packing(microbatch.lengths, self._device)
-        hidden = packed_hidden(policy, microbatch.input_ids.to(self._device), packing)
-        predictors = hidden[microbatch.predictor.to(self._device)]
-        targets = microbatch.targets.to(self._device)
-        logprobs, entropy = token_logprobs(
-            predictors, policy.head_weight, targets, temperature=self.temperature, bias=policy.head_bias
+        found: tuple[Tensor, Tensor, Tensor] = root(
+            microbatch.input_ids.to(self._device),
+            Packing(microbatch.lengths, self._device),
+            microbatch.predictor.to(self._device),
+            microbatch.targets.to(self._device),
+            self.temperature,
         )
-        assert entropy is not None
-        return logprobs, entropy, predictors
+        return found
 
     def _backward(self, batch: TrainingBatch, before: Callable[[Sequence[int]], None]) -> StepFigures:
         """Gradients of the step, summed over all ranks, and what became of its tokens."""
-        own = {index: batch.microbatches[index] for index in self._ranks.own([*map(_size, batch.microbatches)])}
-        objective, proximal_logprobs = self._looked_ahead(batch.microbatches, own, before)
+        mine = self.ranks.own([*map(_size, batch.microbatches)])
+        own = {index: batch.microbatches[index] for index in mine if index is not None}
+        idle = [idle_microbatch(batch.microbatches[0])] * (len(mine) - len(own))
+        objective, proximal_logprobs = self._looked_ahead(batch.microbatches, own, idle, before)
         figures = StepFigures()
         for index, microbatch in own.items():
             before(microbatch.groups)
             with self._enough_memory(microbatch):
                 tokens = replace(self.tokens(microbatch), proximal_logprobs=proximal_logprobs.get(index))
                 self._accumulate(index, microbatch, tokens, objective, batch.counts, figures)
-        self._ranks.sum_gradients([each for group in self.optimizer.param_groups for each in group["params"]])
-        figures.complete(self._ranks)
+        for microbatch in idle:
+            self._take_part(microbatch)
+        figures.complete(self.ranks)
         return figures
 
+    def _take_part(self, microbatch: Microbatch) -> None:
+        """In the exchanges that other ranks' microbatches need, adding nothing to the gradient."""
+        logprobs, _, _ = self._forward(self._root, microbatch)
+        if self.settings.reference.kl_coefficient:
+            with torch.no_grad():
+                self._forward(root_of(self.held_reference()), microbatch)
+        (0.0 * logprobs.sum()).backward()  # type: ignore[no-untyped-call]
+
     def _looked_ahead(
-        self, microbatches: Sequence[Microbatch], own: Mapping[int, Microbatch], before: Callable[[Sequence[int]], None]
+        self,
+        microbatches: Sequence[Microbatch],
+        own: Mapping[int, Microbatch],
+        idle: Sequence[Microbatch],
+        before: Callable[[Sequence[int]], None],
     ) -> tuple[Objective, dict[int, Tensor]]:
         """The objective with the constants of this step, and log-probs at its start by microbatch; costs a forward pass
         where either is asked for, else nothing."""
@@ -148,8 +166,11 @@ class Learner:
         for index, microbatch in own.items():
             before(microbatch.groups)
             with torch.no_grad(), self._enough_memory(microbatch):
-                logprobs, entropy, _ = self._forward(self.policy, microbatch)
+                logprobs, entropy, _ = self._forward(self._root, microbatch)
                 found[index] = {"logprobs": logprobs, "entropy": entropy}
+        with torch.no_grad():
+            for microbatch in idle:
+                self._forward(self._root, microbatch)
         objective = self.objective
         if objective.needs_step:
             objective = objective.prepare(self._whole_step(microbatches, found, recompute=recompute))
@@ -161,7 +182,7 @@ class Learner:
         """The tokens of all ranks, as the objective will see them: each has collated all, but computed only its own."""
         dtype = torch.promote_types(self.policy.head_weight.dtype, torch.float32)
         parts = []
-        for index, each in self._ranks.gathered(found).items():
+        for index, each in self.ranks.gathered(found).items():
             logprobs, entropy = (each[name].to(self._device, dtype) for name in ("logprobs", "entropy"))
             tokens = self._tokens(microbatches[index], logprobs, entropy)
             parts.append(proximal.anchored(replace(tokens, proximal_logprobs=logprobs if recompute else None)))
@@ -185,7 +206,10 @@ class Learner:
         counts: StepCounts,
         figures: StepFigures,
     ) -> None:
-        """Backward of one microbatch's share of the step's loss."""
+        """Backward of one microbatch's share of the step's loss: to the log-probs, and from there through the model."""
+        logprobs = tokens.logprobs
+        # Diagnostics ask for gradients, too, which must not reach the model: sharded layers would be gathered for them.
+        tokens = replace(tokens, logprobs=logprobs.detach().requires_grad_())
         surrogate = proximal.decoupled(objective, tokens, self.settings.proximal.bound)
         keep, dropped = combine(self.filters, tokens)
         aggregation = self.settings.aggregation
@@ -199,11 +223,12 @@ class Learner:
         loss = weights * per_token
         figures.add(index, tokens, surrogate, own, weights, loss)
         loss.sum().backward()  # type: ignore[no-untyped-call]
+        logprobs.backward(tokens.logprobs.grad)  # type: ignore[no-untyped-call]
 
     def _reference_kl(self, microbatch: Microbatch, tokens: Tokens) -> Tensor:
         """[T], with gradient."""
         with torch.no_grad():
-            logprobs, _, _ = self._forward(self.held_reference(), microbatch)
+            logprobs, _, _ = self._forward(root_of(self.held_reference()), microbatch)
         return reference.k3(tokens, logprobs)
 
     def held_reference(self) -> Policy:
@@ -215,7 +240,7 @@ class Learner:
     def _apply(self, rate: float, loss: float) -> tuple[float, str]:
         """Clip and update, unless something is not finite; returns the gradient norm and the reason for refusing."""
         parameters = {name: each for name, each in self.policy.model.named_parameters() if each.grad is not None}
-        total = torch.nn.utils.get_total_norm(each.grad for each in parameters.values())
+        total = whole(torch.nn.utils.get_total_norm([each.grad for each in parameters.values()]))
         norm = float(total)
         if not math.isfinite(loss) or not math.isfinite(norm):
             reason = f"{_culprit(loss, parameters)} is not finite (loss {loss}, gradient norm {norm})"
@@ -240,14 +265,21 @@ class Learner:
         }
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `optimizer_tensors`."""
+        """Inverse of `optimizer_tensors`, for a policy that is not sharded."""
+        for name, own in self.empty_optimizer_tensors(tensors).items():
+            own.copy_(tensors[name])
+
+    def empty_optimizer_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """A new state of the optimizer, to be filled in: tensors that `optimizer_tensors` would give, all zero."""
         parameters = dict(self.policy.model.named_parameters())
         self.optimizer.state.clear()
-        for name, tensor in tensors.items():
+        for name in names:
             parameter_name, _, key = name.rpartition("/")
             parameter = parameters[parameter_name]
-            device = tensor.device if key == "step" else parameter.device  # AdamW counts its steps on the CPU
-            self.optimizer.state[parameter][key] = tensor.to(device, copy=True)
+            # AdamW counts its steps in float32 on the CPU
+            empty = torch.zeros(()) if key == "step" else torch.zeros_like(parameter, requires_grad=False)
+            self.optimizer.state[parameter][key] = empty
+        return self.optimizer_tensors()
 
 
 def _size(microbatch: Microbatch) -> int:
@@ -258,7 +290,7 @@ def _culprit(loss: float, parameters: Mapping[str, Tensor]) -> str:
     """What to name when an update is refused; before clipping, which would spread a NaN over every gradient."""
     if not math.isfinite(loss):  # then so is every gradient behind it
         return "the loss"
-    bad = (name for name, each in parameters.items() if each.grad is not None and not each.grad.isfinite().all())
+    bad = (name for name, each in parameters.items() if each.grad is not None and not whole(each.grad).isfinite().all())
     return next((f"the gradient of {name}" for name in bad), "the sum of squared gradients")
 
 

@@ -1,30 +1,38 @@
 """The ranks that share one optimizer step: data parallel, one process each, under torch.distributed or alone.
 
-Every rank collates the whole step, so that denominators are global already, and takes its own microbatches. Gradients
-and figures of the step are then put together: after that each rank holds the same numbers and makes the same update, or
-refuses the same one. A rank without a microbatch still takes part in every exchange.
+Every rank collates the whole step, so that denominators are global already, and takes its own microbatches, each rank
+equally many. Figures of the step are then put together, and so are gradients (`sapo_learner.sharding`): after that each
+rank holds the same numbers and makes the same update, or refuses the same one.
 
-    torch.distributed.init_process_group("gloo")
-    learner = Learner(policy, settings, temperature=1.0, ranks=Ranks.of_process_group())
+    torchrun --nproc-per-node 2 ...        ranks = join(device); Learner(policy, settings, temperature=1.0, ranks=ranks)
 
-Figures are exchanged as CPU tensors: beside NCCL, start the group as "cpu:gloo,cuda:nccl".
+What is said between ranks goes as CPU tensors, over gloo, also beside NCCL.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sapo_learner.errors import SapoError, Unavailable
+
 Parts = dict[int, dict[str, Tensor]]
 """Microbatch of the step -> name -> [n] figures, float64 on the CPU."""
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for another that is alive and says nothing; one that died is noticed at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among the `size` of its process group; without one, alone."""
+    """This process among the `size` of its process group; without one, alone. Rank 0 is the one with the log."""
 
     rank: int = 0
     size: int = 1
@@ -34,36 +42,31 @@ class Ranks:
         """Those of torch.distributed's default group, which must be there."""
         return cls(dist.get_rank(), dist.get_world_size())
 
-    def own(self, costs: Sequence[int]) -> list[int]:
-        """Which microbatches are this rank's, in order. costs: tokens of each; the largest goes first, to whoever has
-        least so far, so that every rank comes to the same answer and rank 0 always has one."""
-        load, owner = [0] * self.size, {}
-        for index in sorted(range(len(costs)), key=lambda each: -costs[each]):
-            owner[index] = load.index(min(load))
-            load[owner[index]] += costs[index]
-        return [index for index in range(len(costs)) if owner[index] == self.rank]
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
 
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Replace every gradient by its sum over all ranks: weights per token are global, so a sum is the step's.
+    def own(self, costs: Sequence[int]) -> list[int | None]:
+        """Which microbatches are this rank's, in order; then None, up to the same number on every rank.
 
-        A parameter that no rank has a gradient of keeps none, for the optimizer would move it otherwise.
+        costs: tokens of each; the largest goes first, to whoever has least so far, so that every rank comes to the same
+        answer. Every forward pass gathers weights from all ranks, so none may make fewer than another.
         """
-        if self.size == 1:
-            return
-        held = torch.tensor([each.grad is not None for each in parameters], dtype=torch.int64)
-        dist.all_reduce(held)
-        for parameter, by in zip(parameters, held.tolist(), strict=True):
-            if by:
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
-                dist.all_reduce(gradient)
-                parameter.grad = gradient
+        most = -(-len(costs) // self.size)
+        load, owned = [0] * self.size, [list[int]() for _ in range(self.size)]
+        for index in sorted(range(len(costs)), key=lambda each: -costs[each]):
+            rank = min((each for each in range(self.size) if len(owned[each]) < most), key=lambda each: load[each])
+            owned[rank].append(index)
+            load[rank] += costs[index]
+        mine = sorted(owned[self.rank])
+        return [*mine, *[None] * (most - len(mine))]
 
     def gathered(self, parts: Mapping[int, Mapping[str, Tensor]]) -> Parts:
         """The figures of all ranks, ordered by microbatch, the same bits on every rank. parts: this rank's."""
         if self.size == 1:
             return {index: dict(parts[index]) for index in sorted(parts)}
         shapes = [(index, name, len(values)) for index, part in parts.items() for name, values in part.items()]
-        layout = sorted(tuple(each) for text in self._texts(json.dumps(shapes)) for each in json.loads(text))
+        layout = sorted(each for said in self.said(shapes) for each in said)
         whole = torch.zeros(sum(length for _, _, length in layout), dtype=torch.float64)
         found: Parts = {}
         start = 0
@@ -76,16 +79,84 @@ class Ranks:
         dist.all_reduce(whole.view(torch.int64))  # one rank's bits and zeros; as floats -0.0 would become 0.0
         return found
 
-    def _texts(self, text: str) -> list[str]:
+    def said(self, value: T) -> list[T]:
         """What every rank said, by rank."""
-        data = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]))
-        longest = max(int(each) for each in lengths)
-        padded = torch.nn.functional.pad(data, (0, longest - len(data)))
-        said = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(said, padded)
-        return [bytes(each[: int(n)].tolist()).decode() for each, n in zip(said, lengths, strict=True)]
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def agreed(self, value: T) -> T:
+        """What rank 0 said, on every rank."""
+        if self.size == 1:
+            return value
+        found: list[Any] = [value]
+        dist.broadcast_object_list(found, src=0)
+        told: T = found[0]
+        return told
+
+    def decided(self, decide: Callable[[], T]) -> T:
+        """What rank 0 alone finds out or does, on every rank. An error of ours, or of its disk, is raised on every
+        rank."""
+        found: list[Any] = [None, None]
+        if self.first:
+            try:
+                found[0] = decide()
+            except (SapoError, OSError) as error:
+                found[1] = error
+        result, refusal = self.agreed(found)
+        if refusal is not None:
+            raise refusal
+        told: T = result
+        return told
 
 
 ALONE = Ranks()
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process, perhaps as the only rank."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def device_of_rank() -> torch.device:
+    """The GPU that is this rank's, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun has started, this one among them; alone without torchrun."""
+    if not launched():
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield Ranks.of_process_group()
+    finally:
+        dist.destroy_process_group()
+
+
+_LOST = ("gloo/transport", "Connection closed by peer", "NCCL", "Connection reset by peer", "Broken pipe")
+
+
+@contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """Turn what torch raises when another rank is gone into Unavailable: this one is not to blame."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.size == 1 or not any(words in str(error) for words in _LOST):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        raise Unavailable(
+            f"another rank of the learner is gone: {reason}",
+            where=f"rank {ranks.rank} of {ranks.size}",
+            fix="look for the rank that ended first; torchrun starts them all again from the newest checkpoint",
+        ) from None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
@@ -77,10 +78,10 @@ class Policy:
     def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor that makes up the policy, as engines get it, by name, tied ones once."""
         seen: dict[int, str] = {}
-        state = self.model.state_dict()
-        for name, tensor in state.items():
-            seen.setdefault(tensor.data_ptr(), name)
-        return {name: state[name] for name in seen.values()}
+        state = self.model.state_dict(keep_vars=True)
+        for name, tensor in state.items():  # a share of a tensor may be empty, and then has no address
+            seen.setdefault(id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr(), name)
+        return {name: state[name].detach() for name in seen.values()}
 
     def copied(self, dtype: str) -> Mapping[str, Tensor]:
         """`tensors` as they are now, whatever training does next, rounded to `dtype` but held in their own."""
@@ -187,16 +188,24 @@ def load_weights(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
     All or, raising Mismatch for a wrong name or shape, none.
     """
     own = policy.state()
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
-        raise Mismatch(f"tensors differ in names: {', '.join(odd[:5])}", fix="is it a snapshot of another model?")
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            shapes = f"{list(tensors[name].shape)}, the model's is {list(tensor.shape)}"
-            raise Mismatch(f"tensor {name!r} has shape {shapes}", fix="is it a snapshot of another model?")
+    require_same_shapes(own, {name: each.shape for name, each in tensors.items()})
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def require_same_shapes(own: Mapping[str, Tensor], found: Mapping[str, torch.Size]) -> None:
+    """Raises Mismatch naming what differs."""
+    if own.keys() != found.keys():
+        odd = sorted(own.keys() ^ found.keys())
+        raise Mismatch(f"tensors differ in names: {', '.join(odd[:5])}", fix=_ANOTHER_MODEL)
+    for name, tensor in own.items():
+        if tensor.shape != found[name]:
+            shapes = f"{list(found[name])}, the model's is {list(tensor.shape)}"
+            raise Mismatch(f"tensor {name!r} has shape {shapes}", fix=_ANOTHER_MODEL)
+
+
+_ANOTHER_MODEL = "is it a snapshot of another model?"
 
 
 def rounded(tensor: Tensor, dtype: str, *, copy: bool) -> Tensor:

@@ -13,6 +13,7 @@ checkpoint names their digest.
 """
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -21,11 +22,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sapo_learner.disk import naming
+from sapo_learner.empty_policy import empty_like
 from sapo_learner.errors import ConfigError, Corrupt, Mismatch, NotFound
 from sapo_learner.objectives import LOG_RATIO_LIMIT, Tokens
+from sapo_learner.parallel import ALONE
 from sapo_learner.policy import Policy, load_weights
 from sapo_learner.segment import fsync
-from sapo_learner.snapshot import save_tensors, weights_digest
+from sapo_learner.sharding import ShardedPolicy, gathered, sharded, whole
+from sapo_learner.snapshot import LazyTensors, save_tensors, weights_digest
 
 DIRECTORY = "reference"
 """Of a run's directory."""
@@ -40,38 +44,70 @@ def k3(tokens: Tokens, reference_logprobs: Tensor) -> Tensor:
 
 
 def digest_of(policy: Policy) -> str:
-    """Of what training will change: what is written here, and named by every checkpoint."""
-    return weights_digest(policy.state())
+    """Of what training will change: what is written here, and named by every checkpoint. Called on all ranks."""
+    return weights_digest(LazyTensors(policy.state(), lambda _, each: whole(each)))
 
 
 def keep(directory: Path, policy: Policy, digest: str | None) -> None:
-    """Write `policy` as the run's reference, durably, unless it is there already.
+    """Write `policy` as the run's reference, durably, unless it is there already; called on all ranks.
 
     digest: `digest_of` the policy that the run began with; None where it is not known. Raises ConfigError when `policy`
     is another.
     """
+    ranks = policy.ranks if isinstance(policy, ShardedPolicy) else ALONE
     path = directory / _FILE
-    if path.exists():
+    if ranks.decided(path.exists):
         return
     if digest is not None and digest_of(policy) != digest:
         raise ConfigError(
             "the run began with another policy than the one that policy.source gives now, so there is no reference",
             where="reference.kl_coefficient", fix="restore policy.source, or set the coefficient to 0",
         )  # fmt: skip
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".tmp-{_FILE}"
+    tensors = gathered(policy.state(), keep=ranks.first) if isinstance(policy, ShardedPolicy) else policy.state()
+    if ranks.first:
+        _write(tensors, path)
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{_FILE}")
     with naming(path):
-        save_tensors(policy.state(), temporary)
+        save_tensors(tensors, temporary)
         fsync(temporary)
         temporary.replace(path)
-        fsync(directory)
+        fsync(path.parent)
 
 
 def load(directory: Path | None, policy: Policy, digest: str | None) -> Policy:
-    """A frozen copy of `policy` with the reference's weights, on its device and in its dtype.
+    """A frozen policy like `policy` with the reference's weights, on its device and in its dtype; called on all ranks.
 
     digest: that the weights must have; None where it is not known. Raises NotFound, Corrupt or Mismatch.
     """
+    if isinstance(policy, ShardedPolicy):
+        return _load_sharded(directory, policy, digest)
+    tensors = _read(directory, digest)
+    # What training leaves alone anyway, such as the weights beside adapters, is shared.
+    shared = [policy.tokenizer, *(each for each in policy.model.parameters() if not each.requires_grad)]
+    frozen = copy.deepcopy(policy, {id(each): each for each in shared})
+    load_weights(frozen, tensors)
+    frozen.model.requires_grad_(False)
+    return frozen
+
+
+def _load_sharded(directory: Path | None, policy: ShardedPolicy, digest: str | None) -> Policy:
+    tensors = None
+
+    def read() -> None:
+        nonlocal tensors
+        tensors = _read(directory, digest)
+
+    policy.ranks.decided(read)  # rank 0 has read it, or all raise what it raised
+    frozen = sharded(empty_like(policy), policy.ranks, policy.settings, policy.device, tensors)
+    frozen.model.requires_grad_(False)
+    return frozen
+
+
+def _read(directory: Path | None, digest: str | None) -> dict[str, Tensor]:
     if directory is None or not (directory / _FILE).is_file():
         raise NotFound(
             "the reference policy is not there", where=str(directory or "reference.kl_coefficient"),
@@ -88,9 +124,4 @@ def load(directory: Path | None, policy: Policy, digest: str | None) -> Policy:
             f"holds weights {found[:12]}, but the run began with {digest[:12]}", where=str(path),
             fix="restore it from a copy of the run",
         )  # fmt: skip
-    # What training leaves alone anyway, such as the weights beside adapters, is shared.
-    shared = [policy.tokenizer, *(each for each in policy.model.parameters() if not each.requires_grad)]
-    frozen = copy.deepcopy(policy, {id(each): each for each in shared})
-    load_weights(frozen, tensors)
-    frozen.model.requires_grad_(False)
-    return frozen
+    return tensors

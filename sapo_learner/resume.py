@@ -1,18 +1,23 @@
 """The learner's whole state as a checkpoint, and back: what makes resuming, and replaying, exact."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sapo_learner import checkpoint, shards
 from sapo_learner.checkpoint import CheckpointState
 from sapo_learner.config import LearnerSettings
 from sapo_learner.control import parse_settings, settings_of
 from sapo_learner.errors import Mismatch
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
-from sapo_learner.policy import Policy, load_weights
+from sapo_learner.parallel import ALONE, Ranks
+from sapo_learner.policy import Policy, load_weights, require_same_shapes
+from sapo_learner.sharding import ShardedPolicy, distribute
 from sapo_learner.train import Position
 
 
@@ -26,7 +31,7 @@ def capture(learner: Learner, position: Position) -> CheckpointState:
         model=learner.policy.state(),
         optimizer=learner.optimizer_tensors(),
         rng={"torch": torch.get_rng_state()},
-        environment=environment(),
+        environment=environment(learner.ranks, precision_of(learner.policy)),
         extra={"settings": settings_of(learner.settings), "began_with": learner.began_with} | _base(learner.policy),
     )
 
@@ -42,8 +47,41 @@ def restore(learner: Learner, state: CheckpointState, *, where: str) -> Position
     Raises Mismatch for adapters that were trained beside other weights than the learner's.
     """
     load_state(learner.policy, state, where=where)
-    learner.change_settings(settings_in(state, where=where))
     learner.load_optimizer_tensors(state.optimizer)
+    return _restore_rest(learner, state, where=where)
+
+
+def restore_sharded(learner: Learner, state: CheckpointState, path: Path) -> Position:
+    """The same for a sharded policy, on all ranks. state: as `checkpoint.load_facts` gives it. path: where the tensors
+    lie, of however many ranks. Raises Mismatch for tensors of another model."""
+    assert isinstance(learner.policy, ShardedPolicy)
+    ranks, model = learner.ranks, learner.policy.state()
+    if checkpoint.is_sharded(path):
+        found = ranks.decided(lambda: shards.shapes(path))
+        own = _own_share(learner, model, found)
+        shards.fill(own, path)
+    else:
+        whole = checkpoint.load_whole(path) if ranks.first else None
+        found = ranks.agreed({name: each.shape for name, each in whole.items()} if whole is not None else {})
+        distribute(_own_share(learner, model, found), whole, ranks)
+    return _restore_rest(learner, state, where=str(path))
+
+
+def _own_share(learner: Learner, model: Mapping[str, Tensor], found: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """This rank's tensors, named as in a checkpoint, with room for the optimizer's."""
+    parts = {kind: {} for kind in ("model", "optimizer")}  # type: dict[str, dict[str, torch.Size]]
+    for name, shape in found.items():
+        kind, _, own = name.partition("/")
+        parts[kind][own] = shape
+    require_same_shapes(model, parts["model"])
+    optimizer = learner.empty_optimizer_tensors(parts["optimizer"])
+    return {f"model/{name}": each for name, each in model.items()} | {
+        f"optimizer/{name}": each for name, each in optimizer.items()
+    }
+
+
+def _restore_rest(learner: Learner, state: CheckpointState, *, where: str) -> Position:
+    learner.change_settings(settings_in(state, where=where))
     learner.step_count = state.step
     learner.began_with = state.extra.get("began_with")
     torch.set_rng_state(state.rng["torch"])
@@ -87,12 +125,17 @@ def _require_same_base(policy: Policy, state: CheckpointState, where: str) -> No
         )  # fmt: skip
 
 
-def environment() -> dict[str, Any]:
+def environment(ranks: Ranks = ALONE, precision: str = "float32") -> dict[str, Any]:
     """What equality to the last bit depends on, beside the log."""
     return {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "world_size": 1,
+        "world_size": ranks.size,
+        "precision": precision,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def precision_of(policy: Policy) -> str:
+    return policy.settings.precision if isinstance(policy, ShardedPolicy) else "float32"

@@ -100,7 +100,7 @@ def train(
         read = _read([entry for entry in entries if entry.id not in skips], decode, oldest_step, attend)
         groups, ids, stale, invalid = read
         advantages = step_advantages(groups, settings.advantages)
-        batch = _collate(groups, advantages, settings, learner.step_count)
+        batch = _collate(groups, advantages, settings, learner)
         update = learner.step(batch, _announcing(attend, ids))
         outcomes = _outcomes(batch, update)
         outcomes.update({Outcome.stale: stale, Outcome.invalid: len(invalid), Outcome.skipped: len(skipped)})
@@ -173,12 +173,16 @@ def _announcing(attend: Attend, ids: Sequence[str]) -> Callable[[Sequence[int]],
 
 
 def _collate(
-    groups: Sequence[TrajectoryGroup], advantages: Sequence[NDArray[np.float64]], settings: LearnerSettings, step: int
+    groups: Sequence[TrajectoryGroup],
+    advantages: Sequence[NDArray[np.float64]],
+    settings: LearnerSettings,
+    learner: Learner,
 ) -> TrainingBatch:
     return collate(
         groups,
         advantages,
-        step=step,
+        step=learner.step_count,
         microbatch_tokens=settings.training.microbatch_tokens,
         normalise_by=settings.aggregation.normalise_by,
+        ranks=learner.ranks.size,
     )

@@ -1,6 +1,6 @@
-"""What torchrun starts twice (see test_two_ranks.py): each case as one step of two ranks, and of this process alone.
+"""What torchrun starts on every rank (see test_several_ranks.py): each case as a step of all, and of a process alone.
 
-torchrun --standalone --nproc-per-node 2 -m tests.sapo_learner.two_ranks DIRECTORY      writes DIRECTORY/rank-N.json
+torchrun --standalone --nproc-per-node 2 -m tests.sapo_learner.ranked_steps DIRECTORY      writes DIRECTORY/rank-N.json
 """
 
 import copy
@@ -9,27 +9,26 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sapo_learner import filters, objectives, reference
 from sapo_learner.batching import TrainingBatch
-from sapo_learner.config import LearnerSettings
+from sapo_learner.config import LearnerSettings, ParallelSettings
+from sapo_learner.hidden_states import use_packing
 from sapo_learner.learner import Learner
 from sapo_learner.objectives import Objective, Surrogate, Tokens
-from sapo_learner.parallel import ALONE, Ranks
+from sapo_learner.parallel import ALONE, Ranks, joined
 from sapo_learner.policy import Policy
-from sapo_learner.snapshot import weights_digest
+from sapo_learner.sharding import sharded, whole
 from sapo_learner.step_report import UpdateReport
 from sapo_learner.trajectory import TrajectoryGroup
 from tests.recorded import degenerate_group
+from tests.sapo_learner import ranked_models
 from tests.sapo_learner.recorded_steps import GROUPS, OPTIONS, MeanCapped, batch_of, double_policy, settings_of
 
-SECONDS = 30  # that a rank waits for the other
 MANY, ONE, EACH = 40, 10**6, 1  # token budgets: several microbatches, one, and one per response
 
 
@@ -62,7 +61,7 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """Every objective under every filter, every estimator, and what is special about two ranks."""
+    """Every objective, every filter, every estimator, and what is special about several ranks."""
     chosen: dict[str, list[dict[str, Any]]] = {
         name: [{"name": name, **OPTIONS.get(name, {})}] for name in filters.available()
     }
@@ -72,6 +71,7 @@ def cases() -> dict[str, Case]:
         f"{objective}-{name}": Case(settings_of(objective, filters=parts))
         for objective in objectives.available()
         for name, parts in chosen.items()
+        if objective == "sapo" or name in ("none", "negative_sequence_mask")
     }
     for estimator in ("group", "leave_one_out", "batch_whitened", "gdpo"):
         for std in ("population", "sample"):
@@ -107,22 +107,25 @@ def step(case: Case, ranks: Ranks, directory: Path) -> tuple[UpdateReport, torch
         for parameter in other.model.parameters():
             parameter.data.mul_(0.9)
         reference.keep(directory, other, reference.digest_of(other))
+    if ranks.size > 1:
+        use_packing(policy)
+        policy = sharded(policy, ranks, ParallelSettings(), torch.device("cpu"), policy.tensors())
     learner = Learner(policy, case.settings, temperature=1.0, ranks=ranks, reference_directory=directory)
     learner.objective = case.objective or learner.objective
     report = learner.step(case.batch)
     gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in policy.model.parameters()]
-    return report, torch.cat([each.flatten() for each in gradients]), policy
+    return report, torch.cat([whole(each).flatten() for each in gradients]), policy
 
 
 def result(case: Case, ranks: Ranks, directory: Path) -> dict[str, Any]:
     alone, expected, _ = step(case, ALONE, directory)
     shared, found, policy = step(case, ranks, directory)
     return {
-        "microbatches": len(ranks.own([1] * len(case.batch.microbatches))),
+        "microbatches": ranks.own([1] * len(case.batch.microbatches)),
         "norm": float(expected.norm()),
         "difference": float((found - expected).norm()),
-        "unused": policy.model.get_parameter("unused").tolist(),
-        "digest": weights_digest(policy.tensors()),
+        "unused": whole(policy.model.get_parameter("unused")).tolist(),
+        "digest": reference.digest_of(policy),
         "applied": shared.applied,
         "refusal": shared.refusal,
         "report": text(shared),
@@ -137,15 +140,13 @@ def text(report: UpdateReport) -> str:
 
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
-    try:
-        ranks = Ranks.of_process_group()
+    with joined(torch.device("cpu")) as ranks:
         own = directory / f"reference-{ranks.rank}"
-        found = {name: result(case, ranks, own) for name, case in cases().items()}
-        results = {"pid": os.getpid(), "size": ranks.size, "cases": found}
+        many = ranks.size > 2
+        found = {} if many else {name: result(case, ranks, own) for name, case in cases().items()}
+        models = ranked_models.results(ranks, directory, shard=2 if many else None)
+        results = {"pid": os.getpid(), "size": ranks.size, "cases": found, "models": models}
         (directory / f"rank-{ranks.rank}.json").write_text(json.dumps(results))
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
