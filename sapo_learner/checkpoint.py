@@ -133,7 +133,11 @@ def load(path: Path) -> CheckpointState:
 
     Raises Corrupt naming the file and another checkpoint to try, NotFound when there is no such directory.
     """
-    state = load_facts(path)
+    return with_tensors(load_facts(path), path)
+
+
+def with_tensors(state: CheckpointState, path: Path) -> CheckpointState:
+    """`state` of the checkpoint at `path`, with its model and optimizer."""
     if is_sharded(path):
         for name, tensor in shards.read(path).items():
             kind, _, own = name.partition("/")

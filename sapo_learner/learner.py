@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -127,18 +127,18 @@ class Learner:
 
     def _backward(self, batch: TrainingBatch, before: Callable[[Sequence[int]], None]) -> StepFigures:
         """Gradients of the step, summed over all ranks, and what became of its tokens."""
-        mine = self.ranks.own([*map(_size, batch.microbatches)])
-        own = {index: batch.microbatches[index] for index in mine if index is not None}
-        idle = [idle_microbatch(batch.microbatches[0])] * (len(mine) - len(own))
-        objective, proximal_logprobs = self._looked_ahead(batch.microbatches, own, idle, before)
+        shares = self.ranks.shares([*map(_size, batch.microbatches)])
+        passes = [_Pass.of(batch.microbatches, together, self.ranks.rank) for together in zip(*shares, strict=True)]
+        objective, proximal_logprobs = self._looked_ahead(batch.microbatches, passes, before)
         figures = StepFigures()
-        for index, microbatch in own.items():
-            before(microbatch.groups)
-            with self._enough_memory(microbatch):
-                tokens = replace(self.tokens(microbatch), proximal_logprobs=proximal_logprobs.get(index))
-                self._accumulate(index, microbatch, tokens, objective, batch.counts, figures)
-        for microbatch in idle:
-            self._take_part(microbatch)
+        for each in passes:
+            before(each.groups)
+            with self._enough_memory(each.microbatch):
+                if each.index is None:
+                    self._take_part(each.microbatch)
+                    continue
+                tokens = replace(self.tokens(each.microbatch), proximal_logprobs=proximal_logprobs.get(each.index))
+                self._accumulate(each.index, each.microbatch, tokens, objective, batch.counts, figures)
         figures.complete(self.ranks)
         return figures
 
@@ -151,11 +151,7 @@ class Learner:
         (0.0 * logprobs.sum()).backward()  # type: ignore[no-untyped-call]
 
     def _looked_ahead(
-        self,
-        microbatches: Sequence[Microbatch],
-        own: Mapping[int, Microbatch],
-        idle: Sequence[Microbatch],
-        before: Callable[[Sequence[int]], None],
+        self, microbatches: Sequence[Microbatch], passes: Sequence["_Pass"], before: Callable[[Sequence[int]], None]
     ) -> tuple[Objective, dict[int, Tensor]]:
         """The objective with the constants of this step, and log-probs at its start by microbatch; costs a forward pass
         where either is asked for, else nothing."""
@@ -163,14 +159,12 @@ class Learner:
         if not self.objective.needs_step and not recompute:
             return self.objective, {}
         found = {}
-        for index, microbatch in own.items():
-            before(microbatch.groups)
-            with torch.no_grad(), self._enough_memory(microbatch):
-                logprobs, entropy, _ = self._forward(self._root, microbatch)
-                found[index] = {"logprobs": logprobs, "entropy": entropy}
-        with torch.no_grad():
-            for microbatch in idle:
-                self._forward(self._root, microbatch)
+        for each in passes:
+            before(each.groups)
+            with torch.no_grad(), self._enough_memory(each.microbatch):
+                logprobs, entropy, _ = self._forward(self._root, each.microbatch)
+            if each.index is not None:
+                found[each.index] = {"logprobs": logprobs, "entropy": entropy}
         objective = self.objective
         if objective.needs_step:
             objective = objective.prepare(self._whole_step(microbatches, found, recompute=recompute))
@@ -280,6 +274,24 @@ class Learner:
             empty = torch.zeros(()) if key == "step" else torch.zeros_like(parameter, requires_grad=False)
             self.optimizer.state[parameter][key] = empty
         return self.optimizer_tensors()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward and backward pass of this rank, while every other rank makes one."""
+
+    index: int | None
+    """Of the microbatch in the step; None where this rank only takes part."""
+    microbatch: Microbatch
+    groups: list[int]
+    """Whose responses are in the microbatches of any rank."""
+
+    @classmethod
+    def of(cls, microbatches: Sequence[Microbatch], together: Sequence[int | None], rank: int) -> "_Pass":
+        index = together[rank]
+        mine = idle_microbatch(microbatches[0]) if index is None else microbatches[index]
+        groups = {group for each in together if each is not None for group in microbatches[each].groups}
+        return cls(index, mine, sorted(groups))
 
 
 def _size(microbatch: Microbatch) -> int:

@@ -11,6 +11,7 @@ What is said between ranks goes as CPU tensors, over gloo, also beside NCCL.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,8 +27,11 @@ Parts = dict[int, dict[str, Tensor]]
 """Microbatch of the step -> name -> [n] figures, float64 on the CPU."""
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another that is alive and says nothing; one that died is noticed at once."""
+TICK_SECONDS = 5.0
+SAID = "said by rank 0"
+"""Note on an error that rank 0 raises, too, so that nobody says it twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,8 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def own(self, costs: Sequence[int]) -> list[int | None]:
-        """Which microbatches are this rank's, in order; then None, up to the same number on every rank.
+    def shares(self, costs: Sequence[int]) -> list[list[int | None]]:
+        """By rank, which microbatches are whose, in order; then None, up to the same number for every rank.
 
         costs: tokens of each; the largest goes first, to whoever has least so far, so that every rank comes to the same
         answer. Every forward pass gathers weights from all ranks, so none may make fewer than another.
@@ -58,8 +62,7 @@ class Ranks:
             rank = min((each for each in range(self.size) if len(owned[each]) < most), key=lambda each: load[each])
             owned[rank].append(index)
             load[rank] += costs[index]
-        mine = sorted(owned[self.rank])
-        return [*mine, *[None] * (most - len(mine))]
+        return [[*sorted(each), *[None] * (most - len(each))] for each in owned]
 
     def gathered(self, parts: Mapping[int, Mapping[str, Tensor]]) -> Parts:
         """The figures of all ranks, ordered by microbatch, the same bits on every rank. parts: this rank's."""
@@ -107,9 +110,25 @@ class Ranks:
                 found[1] = error
         result, refusal = self.agreed(found)
         if refusal is not None:
+            if not self.first:
+                refusal.add_note(SAID)
             raise refusal
         told: T = result
         return told
+
+    def awaited(self, decide: Callable[[], T]) -> T:
+        """The same for what may take long: rank 0 does it in a thread and tells the others now and then to wait on."""
+        if self.size == 1:
+            return decide()
+        if not self.first:
+            while not self.agreed(False):
+                pass
+            return self.decided(decide)
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(decide)
+            while not self.agreed(bool(wait([found], TICK_SECONDS).done)):
+                pass
+            return self.decided(found.result)
 
 
 ALONE = Ranks()
@@ -129,14 +148,15 @@ def device_of_rank() -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, this one among them; alone without torchrun."""
-    if not launched():
-        yield ALONE
-        return
+    """The ranks that torchrun has started, this one among them; without torchrun a process group of this one alone."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    if launched():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
     try:
         yield Ranks.of_process_group()
     finally:

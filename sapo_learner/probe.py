@@ -18,7 +18,9 @@ from torch import Tensor
 from sapo_learner.errors import Corrupt
 from sapo_learner.logprobs import token_logprobs
 from sapo_learner.manifest import Probe
+from sapo_learner.packing import Packing
 from sapo_learner.policy import Policy
+from sapo_learner.sharding import ShardedPolicy
 
 LENGTH = 64  # tokens: enough for a mean that says something, and one small forward pass per version
 
@@ -72,6 +74,19 @@ def measure(policy: Policy, tensors: Mapping[str, Tensor], sequence: Sequence[in
     with policy.standing_in(tensors) as stand_ins:
         weights = {f"_model.{name}": tensor for name, tensor in stand_ins.items()}
         logprobs = torch.func.functional_call(_Scoring(policy), weights, (sequence,))
+    return _probe(sequence, logprobs)
+
+
+def measure_sharded(policy: ShardedPolicy, dtype: str, sequence: Sequence[int]) -> Probe:
+    """The same of a sharded policy as it is published in `dtype`, on all ranks."""
+    ids = torch.tensor(sequence, device=policy.device)
+    place = torch.arange(len(ids) - 1, device=policy.device)
+    with torch.no_grad(), policy.rounded(dtype):
+        logprobs, _, _ = policy.root(ids, Packing((len(ids),), policy.device), place, ids[1:], 1.0)
+    return _probe(sequence, logprobs.float().cpu().numpy())
+
+
+def _probe(sequence: Sequence[int], logprobs: NDArray[np.float32]) -> Probe:
     if not np.isfinite(logprobs).all():
         raise Corrupt(
             "the policy's log-probs are not finite, so it is not published",

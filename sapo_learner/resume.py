@@ -15,7 +15,6 @@ from sapo_learner.control import parse_settings, settings_of
 from sapo_learner.errors import Mismatch
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
-from sapo_learner.parallel import ALONE, Ranks
 from sapo_learner.policy import Policy, load_weights, require_same_shapes
 from sapo_learner.sharding import ShardedPolicy, distribute
 from sapo_learner.train import Position
@@ -31,7 +30,7 @@ def capture(learner: Learner, position: Position) -> CheckpointState:
         model=learner.policy.state(),
         optimizer=learner.optimizer_tensors(),
         rng={"torch": torch.get_rng_state()},
-        environment=environment(learner.ranks, precision_of(learner.policy)),
+        environment=environment_of(learner),
         extra={"settings": settings_of(learner.settings), "began_with": learner.began_with} | _base(learner.policy),
     )
 
@@ -51,10 +50,11 @@ def restore(learner: Learner, state: CheckpointState, *, where: str) -> Position
     return _restore_rest(learner, state, where=where)
 
 
-def restore_sharded(learner: Learner, state: CheckpointState, path: Path) -> Position:
-    """The same for a sharded policy, on all ranks. state: as `checkpoint.load_facts` gives it. path: where the tensors
-    lie, of however many ranks. Raises Mismatch for tensors of another model."""
-    assert isinstance(learner.policy, ShardedPolicy)
+def restore_from(learner: Learner, state: CheckpointState, path: Path) -> Position:
+    """The same on all ranks, each of which reads its share. state: as `checkpoint.load_facts` gives it. path: where the
+    tensors lie, of however many ranks. Raises Mismatch for tensors of another model."""
+    if not isinstance(learner.policy, ShardedPolicy):
+        return restore(learner, checkpoint.with_tensors(state, path), where=str(path))
     ranks, model = learner.ranks, learner.policy.state()
     if checkpoint.is_sharded(path):
         found = ranks.decided(lambda: shards.shapes(path))
@@ -125,17 +125,15 @@ def _require_same_base(policy: Policy, state: CheckpointState, where: str) -> No
         )  # fmt: skip
 
 
-def environment(ranks: Ranks = ALONE, precision: str = "float32") -> dict[str, Any]:
+def environment_of(learner: Learner) -> dict[str, Any]:
     """What equality to the last bit depends on, beside the log."""
+    policy = learner.policy
+    precision = policy.settings.precision if isinstance(policy, ShardedPolicy) else "float32"
     return {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "world_size": ranks.size,
+        "world_size": learner.ranks.size,
         "precision": precision,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-
-
-def precision_of(policy: Policy) -> str:
-    return policy.settings.precision if isinstance(policy, ShardedPolicy) else "float32"

@@ -92,16 +92,7 @@ def sharded(
     weights: every tensor of `Policy.tensors`, on rank 0; None elsewhere. Each is sent to where it belongs, one at a
     time. Raises ConfigError for a model or a number of ranks that cannot be sharded.
     """
-    if not packs(shape):
-        raise ConfigError(
-            f"{type(shape.model).__name__} cannot be trained in packed rows (the log says why), so not by several "
-            "ranks", where="parallel.processes", fix="set it to 1",
-        )  # fmt: skip
-    if shape.frozen_base is not None:
-        raise ConfigError(
-            "adapters are trained by one process only", where="parallel.processes", fix="set it to 1, or leave "
-            "policy.lora out",
-        )  # fmt: skip
+    check_shardable(shape)
     mesh, layers = mesh_of(ranks, settings, device), layers_of(shape)
     root = PackedLogprobs(shape)
     precision = MixedPrecisionPolicy(
@@ -117,6 +108,22 @@ def sharded(
     policy = ShardedPolicy(shape.model, shape.tokenizer, shape.files, root=root, ranks=ranks, settings=settings)
     distribute(policy.tensors(), weights, ranks)
     return policy
+
+
+def check_shardable(policy: Policy) -> None:
+    """Raises ConfigError, saying what to change."""
+    if not packs(policy):
+        raise ConfigError(
+            f"{type(policy.model).__name__} cannot be trained in packed rows (the log says why), so not by several "
+            "ranks or in another precision", where="policy.source", fix="set parallel.processes to 1 and "
+            "parallel.precision to float32",
+        )  # fmt: skip
+    if policy.frozen_base is not None:
+        raise ConfigError(
+            "adapters are trained by one process, in float32", where="policy.lora", fix="set parallel.processes to 1 "
+            "and parallel.precision to float32, or leave policy.lora out",
+        )  # fmt: skip
+    layers_of(policy)
 
 
 def layers_of(policy: Policy) -> list[torch.nn.Module]:

@@ -106,6 +106,8 @@ class LocalRun:
         address = http or self._reserve()
         probes = [] if http else ["--http-listen", address]
         command = [sys.executable, "-m", "services.cli", "serve", service, *options, *probes]
+        if service == "learner" and (ranks := self.config.parallel.processes) > 1:
+            command = [sys.executable, "-m", "services.learner.launch", str(ranks), *options, *probes]
         self.children[name or service] = Child(name or service, command, http=address)
 
     def _reserve(self) -> str:

@@ -73,7 +73,7 @@ def replay(
     from sapo_learner import checkpoint, skips
     from sapo_learner.policy import write_policy
     from sapo_learner.reference import DIRECTORY as REFERENCE
-    from sapo_learner.resume import environment, revived
+    from sapo_learner.resume import environment_of, revived
     from sapo_learner.snapshot import weights_digest
     from sapo_learner.train import train
     from services.learner.base_policy import shaped_policy
@@ -89,7 +89,7 @@ def replay(
             policy, loaded.state, temperature=config.sampling.temperature, where=where,
             reference_directory=directory / REFERENCE,
         )  # fmt: skip
-        because = _difference(environment(), loaded.state.environment)
+        because = _difference(environment_of(learner), loaded.state.environment)
         report = Replayed(config.run.name, start, start, bit_exact=not because, because=because)
         truth = _Truth(directory, config, report)
         last = config.training.steps if until is None else until

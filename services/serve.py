@@ -1,5 +1,6 @@
 """`sapo serve NAME`: one service, as in a deployment. Addresses and the token come from the environment."""
 
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,9 +82,14 @@ def serve_learner(
     Examples:
       sapo serve learner --http-listen 0.0.0.0:9102
       sapo serve learner --from 120
+      torchrun --nproc-per-node 8 -m services.cli serve learner      one process for each GPU
     """
+    from services.learner.ranks import follow, follows
     from services.learner.service import serve
 
+    if follows():
+        configure(f"learner rank {os.environ['RANK']}")
+        raise typer.Exit(follow())
     _serve("learner", lambda life: serve(life, Environment(), http_listen=http_listen, from_step=from_step))
 
 

@@ -135,11 +135,17 @@ def _frames(entries: list[Entry]) -> Iterator[list[Entry]]:
 class ArchiveLog:
     """sapo_learner.train.Log over the archive: blocks the training thread until a step's entries are there."""
 
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
+    def __init__(self, archive: Archive | None) -> None:
+        """archive: None on a rank of the learner that is told of entries by another, and never asks here."""
+        self._given = archive
         self._stopping = threading.Event()
         self.waited_seconds = 0.0
         self.waiting_for = ""
+
+    @property
+    def _archive(self) -> Archive:
+        assert self._given is not None, "only the first rank has an archive"
+        return self._given
 
     def next(self, after: int, count: int) -> list[Entry] | None:
         started = time.monotonic()

@@ -8,21 +8,24 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
-import torch
+import torch.distributed as dist
 
 from sapo_learner import skips
 from sapo_learner.archive import Archive, newest_token
 from sapo_learner.control import CONFIG, encode_settings
 from sapo_learner.errors import NotFound
 from sapo_learner.ledger import Ledger
+from sapo_learner.parallel import ALONE, Ranks, device_of_rank, joined, together
 from sapo_learner.policy import load_policy
 from sapo_learner.train import StepReport
 from services.learner.base_policy import base_policy
 from services.learner.behaviour_probe import BehaviourProbe
 from services.learner.publisher import Publisher, Snapshot
+from services.learner.ranks import Orders, needs_group, orders_of, prepare, shared_policy
 from services.learner.reader import Reader
 from services.learner.session import Progress, StepNews, TrainingSession
 from services.runstore import RunStore
@@ -33,6 +36,7 @@ from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import LearnerMetrics
 from services.runtime.settings import Environment, RunConfig, save_config
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0
 FAREWELL_SECONDS = 5.0
@@ -68,13 +72,32 @@ class _Service:
         self._store, self._metrics, self._patience = store, metrics, patience
         self._news: asyncio.Queue[StepNews] = asyncio.Queue()
         self._session: TrainingSession
+        self._thread = ThreadPoolExecutor(1, "training")
         self._probe: BehaviourProbe | None = None
 
     async def run(self, from_step: int | None) -> None:
+        """With the other ranks, if there are some: they wait for this one's orders, and then do as it does."""
+        with contextlib.ExitStack() as stack:
+            ranks = ALONE
+            if needs_group(self._config):
+                self._lifecycle.wait_for("start", "the learner's other ranks")
+                ranks = await self._in_training(stack.enter_context, joined(device_of_rank()))
+            orders: Future[Orders] = Future()
+            telling = asyncio.ensure_future(self._in_training(ranks.awaited, orders.result))
+            try:
+                await self._run(from_step, ranks, orders, telling)
+            except BaseException as error:
+                if not orders.done():  # then the others hear why there are none
+                    orders.set_exception(error)
+                    await asyncio.wait([telling])
+                raise
+
+    async def _run(
+        self, from_step: int | None, ranks: Ranks, orders: "Future[Orders]", telling: Awaitable[Orders]
+    ) -> None:
         config, directory = self._config, self._config.run.directory
-        torch.set_num_threads(config.training.threads)
-        torch.use_deterministic_algorithms(config.training.deterministic)
-        policy, warm_start = await self._base_policy()
+        prepare(config)
+        whole, warm_start = await self._base_policy()
         save_config(config)  # its files may lie on another machine than the control plane's
         archive_directory = directory / "archive"
         token = await self._store.acquire_token("learner", floor=newest_token(archive_directory))
@@ -86,15 +109,18 @@ class _Service:
             waiting = self._lifecycle.peer("Redis")
             reader = Reader(self._store, archive, token, patience=self._patience, waiting=waiting)
             await reader.mend()
-            self._session = session = TrainingSession(config, policy, archive, token)
-            await asyncio.to_thread(session.restore, from_step)
+            orders.set_result(orders_of(config, whole, token))
+            policy = await self._in_training(shared_policy, whole, await telling, ranks)
+            del whole  # what is trained may be a share of it
+            self._session = session = await self._in_training(TrainingSession, config, policy, archive, token, ranks)
+            await self._in_training(session.restore, from_step)
             await self._record_changes(reader)
             publisher = Publisher(
                 self._control, policy, dtype=config.policy.dtype, staging=directory / "staging", token=token,
                 metrics=self._metrics,
             )  # fmt: skip
             self._lifecycle.wait_for("start", "the first snapshot's publication")
-            await publisher.publish(await asyncio.to_thread(session.snapshot))
+            await publisher.publish(await self._in_training(session.snapshot))
             model_directory = publisher.write_model_directory(directory / "model")
             if config.probe.behaviour_every:
                 spare = load_policy(model_directory, weights=False)
@@ -103,12 +129,21 @@ class _Service:
             self._lifecycle.ready()
             await self._train(reader, publisher)
 
+    async def _in_training(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do it in the training thread: one thread, because a thread has its own GPU."""
+
+        def with_ranks() -> T:
+            with together(ALONE if not dist.is_initialized() else Ranks.of_process_group()):
+                return work(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, with_ranks)
+
     async def _record_changes(self, reader: Reader) -> None:
         """Put settings that differ from those in force into the log, as the entry from which they count."""
         wanted, said = self._session.wanted, ""
         while True:  # Redis may be lost meanwhile, before or after it has taken the entry
             await reader.settle()
-            if await asyncio.to_thread(self._session.settings_ahead) == wanted:
+            if await self._in_training(self._session.settings_ahead) == wanted:
                 break
             result = await self._store.append_control(self._token, CONFIG, encode_settings(wanted))
             said = result.id
@@ -131,7 +166,7 @@ class _Service:
                 for work in (reader.run(), publisher.run(), self._report_forever(), self._stop_when_asked())
             ]
             try:
-                await asyncio.to_thread(session.run, publish, report)
+                await self._in_training(session.run, publish, report)
                 await self._deliver_news()
                 if not self._lifecycle.stopping.is_set():  # else it is published when the run goes on
                     await self._unless_stopping(publisher.drain())

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,18 @@ from sapo_learner.diagnostics import advice
 from sapo_learner.errors import Corrupt, NotFound, Unavailable
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
+from sapo_learner.parallel import ALONE, Ranks
 from sapo_learner.pins import pinned
 from sapo_learner.policy import Policy
-from sapo_learner.probe import draw_sequence, measure
-from sapo_learner.resume import capture, environment, restore
+from sapo_learner.probe import draw_sequence, measure, measure_sharded
+from sapo_learner.resume import capture, environment_of, restore_from
+from sapo_learner.sharding import ShardedPolicy
 from sapo_learner.step_report import UpdateReport
 from sapo_learner.train import Position, StepReport, train
 from services.learner.attention import Attention
 from services.learner.publisher import Snapshot, copy_weights
 from services.learner.reader import ArchiveLog
+from services.learner.shared_log import SharedLog
 from services.runtime.settings import RunConfig
 from services.wire import decode
 
@@ -59,19 +63,25 @@ class StepNews:
 class TrainingSession:
     """Lives in the training thread; `publish` and `report` hand things over to the event loop."""
 
-    def __init__(self, config: RunConfig, policy: Policy, archive: Archive, token: int) -> None:
-        """Raises Corrupt, naming the entry, when one has killed the learner again and again."""
-        self._config, self._archive, self._token = config, archive, token
+    def __init__(
+        self, config: RunConfig, policy: Policy, archive: Archive | None, token: int, ranks: Ranks = ALONE
+    ) -> None:
+        """ranks: each of which has such a session, with its share of the policy; only the first has the archive.
+
+        Raises Corrupt, naming the entry, when one has killed the learner again and again.
+        """
+        self._config, self._archive, self._token, self._ranks = config, archive, token, ranks
         self._directory = config.run.directory / "checkpoints"
-        self._skips = skips.read(archive.directory)
-        self._attention = Attention(config.run.directory / "learner.attention", self._skips)
+        self._skips = ranks.decided(lambda: skips.read(self._own_archive.directory))
+        self._attention = Attention(config.run.directory / "learner.attention", self._skips) if ranks.first else None
         self._reference_directory = config.run.directory / reference.DIRECTORY
-        self.wanted = pinned(config.learner, config.run.directory)
+        self.wanted = ranks.decided(lambda: pinned(config.learner, config.run.directory))
         self.learner = Learner(
-            policy, self.wanted, temperature=config.sampling.temperature,
+            policy, self.wanted, temperature=config.sampling.temperature, ranks=ranks,
             reference_directory=self._reference_directory,
         )  # fmt: skip
-        self._probe_ids = draw_sequence(policy, seed=config.run.seed, context=config.engine.vllm.max_model_len)
+        context = config.engine.vllm.max_model_len
+        self._probe_ids = ranks.decided(lambda: draw_sequence(policy, seed=config.run.seed, context=context))
         self.position = Position()
         self.log = ArchiveLog(archive)
         self.progress = Progress()
@@ -86,30 +96,46 @@ class TrainingSession:
         NotFound for a step that is not kept; ConfigError, Mismatch, Corrupt or NotFound for a reference policy that is
         wanted and cannot be had any more.
         """
-        try:
-            loaded = checkpoint.load_newest(self._directory, step, belongs=self._belongs)
-        except NotFound:
-            if step is not None:
-                raise
+        loaded, went_back = self._ranks.decided(lambda: self._choose(step))
+        if loaded is None:
             self._keep_reference(reference.digest_of(self.learner.policy))
             self.save()
             return
-        state, name = loaded.state, loaded.found.path.name
+        state, path = loaded.state, loaded.found.path
         self._keep_reference(state.extra.get("began_with"))
-        self.position = restore(self.learner, state, where=str(loaded.found.path))
+        self.position = restore_from(self.learner, state, path)
         if self._config.reference.kl_coefficient or self.learner.settings.reference.kl_coefficient:
             self.learner.held_reference()  # now: later, what is wrong with it would be blamed on an entry
         self._note_progress()
-        if loaded.reason:
-            log.warning("newer checkpoints cannot be used: %s", loaded.reason)
-        why = "it was asked for" if step is not None else "the newest that is usable"
-        log.info("resumed %s (%s), at step %d and entry %d", name, why, state.step, state.cursor)
-        if state.environment != environment():
-            log.warning("this process differs from the one that saved it, so weights may differ in their last bits: "
-                        "%s, now %s", state.environment, environment())  # fmt: skip
-        if step is not None and loaded.found != checkpoint.list_whole(self._directory)[0]:
+        if self._ranks.first:
+            self._say_what_is_resumed(loaded, "it was asked for" if step is not None else "the newest that is usable")
+        if went_back:
             self.save()
         self.saved_step = state.step
+
+    def _choose(self, step: int | None) -> tuple[checkpoint.Loaded | None, bool]:
+        """The checkpoint to go on from, without what ranks have shares of, and whether newer ones are left behind."""
+        try:
+            loaded = checkpoint.load_newest(self._directory, step, belongs=self._belongs, read=checkpoint.load_facts)
+        except NotFound:
+            if step is not None:
+                raise
+            return None, False
+        return loaded, step is not None and loaded.found != checkpoint.list_whole(self._directory)[0]
+
+    def _say_what_is_resumed(self, loaded: checkpoint.Loaded, why: str) -> None:
+        state, ours = loaded.state, environment_of(self.learner)
+        if loaded.reason:
+            log.warning("newer checkpoints cannot be used: %s", loaded.reason)
+        log.info("resumed %s (%s), at step %d and entry %d", loaded.found.path.name, why, state.step, state.cursor)
+        if state.environment != ours:
+            log.warning("this learner differs from the one that saved it, so weights may differ in their last bits: "
+                        "%s, now %s", state.environment, ours)  # fmt: skip
+
+    @property
+    def _own_archive(self) -> Archive:
+        assert self._archive is not None, "only rank 0 has one"
+        return self._archive
 
     def _keep_reference(self, began_with: str | None) -> None:
         """Keep the policy that the run began with, if it is wanted; called while the learner still holds it."""
@@ -122,18 +148,21 @@ class TrainingSession:
         return self.progress
 
     def _belongs(self, cursor: int, chain: str) -> bool:
-        return self._archive.chain_at(cursor) == chain
+        return self._own_archive.chain_at(cursor) == chain
 
     def settings_ahead(self) -> LearnerSettings:
         """The settings that will be in force once everything archived is consumed."""
-        return last_settings(self._archive.entries(self.position.cursor), self.learner.settings)
+        return last_settings(self._own_archive.entries(self.position.cursor), self.learner.settings)
 
     def snapshot(self) -> Snapshot:
         """The weights as they are now, as they are published, with the numbers that engines must come to (I4).
 
-        Raises Corrupt for weights that give no finite log-probs.
+        On ranks other than the first without tensors. Raises Corrupt for weights that give no finite log-probs.
         """
         policy = self.learner.policy
+        if isinstance(policy, ShardedPolicy):
+            probe = measure_sharded(policy, self._config.policy.dtype, self._probe_ids)
+            return replace(copy_weights(policy, self.learner.step_count, self._config.policy.dtype), probe=probe)
         copied = copy_weights(policy, self.learner.step_count, self._config.policy.dtype)
         return replace(copied, probe=measure(policy, copied.tensors, self._probe_ids))
 
@@ -150,20 +179,20 @@ class TrainingSession:
 
     def _write(self, state: checkpoint.CheckpointState) -> None:
         """Save; while the disk takes nothing, training waits here. Raises Unavailable when it shall stop meanwhile."""
-        name, said = f"checkpoint of step {state.step}", False
+        name, said, ranks = f"checkpoint of step {state.step}", False, self._ranks
         while True:
             try:
-                saved = checkpoint.save(self._directory, state, token=self._token)
-                self._prune(saved)
+                saved = checkpoint.save(self._directory, state, token=self._token, ranks=ranks)
+                ranks.decided(partial(self._prune, saved))
             except OSError as error:
-                if not said:
+                if not said and ranks.first:
                     log.error("%s: %s; training waits until there is room in %s", name, error, self._directory)
                 said = True
                 self.log.waiting_for = f"room on the disk for the {name}"
-                if self.log.pause(RETRY_SECONDS):
+                if ranks.decided(partial(self.log.pause, RETRY_SECONDS)):
                     raise self._not_saved(name, error) from None
             else:
-                if said:
+                if said and ranks.first:
                     log.info("%s is saved; training goes on", name)
                 return
 
@@ -174,7 +203,7 @@ class TrainingSession:
         if everything:
             return
         try:
-            freed = self._archive.prune(checkpoint.oldest_cursor(self._directory))
+            freed = self._own_archive.prune(checkpoint.oldest_cursor(self._directory))
         except (OSError, Corrupt) as error:
             log.warning("the archive was not pruned: %s", error)
         else:
@@ -187,14 +216,18 @@ class TrainingSession:
         return Unavailable(f"the {name} could not be saved: {error}", where=str(self._directory), fix=fix)
 
     def run(self, publish: Callable[[Snapshot], None], report: Callable[[StepNews], None]) -> None:
-        """Train until the last step or until the log is stopped; then checkpoint."""
+        """Train until the last step or until the log is stopped; then checkpoint. Only rank 0 publishes and reports."""
         try:
             self._train(publish, report)
         except Unavailable:  # memory or disk were too small: no entry is to blame
-            self._attention.done()
+            self._done()
             raise
-        self._attention.done()
+        self._done()
         self.save()
+
+    def _done(self) -> None:
+        if self._attention:
+            self._attention.done()
 
     def _new_warning(self, update: UpdateReport) -> str | None:
         """Said when there is something new to change, not at every step."""
@@ -213,31 +246,41 @@ class TrainingSession:
             self._absent.add(name)
 
     def _train(self, publish: Callable[[Snapshot], None], report: Callable[[StepNews], None]) -> None:
-        config = self._config
-        if inert := proximal.remark(self.learner.settings):
+        config, first = self._config, self._ranks.first
+        if first and (inert := proximal.remark(self.learner.settings)):
             log.warning(inert)
         started, waited = time.time(), 0.0
-        steps = train(self.learner, self.log, self.position, decode=decode, skips=self._skips, attend=self._attention)
-        for step in steps:
-            self._attention.done()
+        shared = SharedLog(self.log, self._ranks) if self._ranks.size > 1 else self.log
+        attend = self._attention or (lambda *_: None)
+        for step in train(self.learner, shared, self.position, decode=decode, skips=self._skips, attend=attend):
+            self._done()
             ended, number = time.time(), step.update.step
             last = self.learner.settings.training.steps
-            for entry, reason in step.invalid.items():
-                log.error("entry %s is invalid: %s", entry, reason)
-            if warning := self._new_warning(step.update):
-                log.warning("step %d: %s", number, warning)
-            self._warn_of_absent_components(step)
-            if step.update.refusal:
-                log.error("step %d refused: %s", number, step.update.refusal)
-            elif step.update.tokens and not step.update.applied:
-                log.warning("step %d: the filters dropped every token, so the policy stays as it is", number)
+            if first:
+                self._say(step)
             if number % config.checkpoint.every == 0 or number == last:
                 self.save()
             if number % config.pacing.publish_every == 0 or number == last:
-                publish(self.snapshot())
-            waiting = self.log.waited_seconds - waited
-            report(StepNews(step_record(step, started + waiting, ended, waiting), step, self._note_progress()))
-            started, waited = time.time(), self.log.waited_seconds
+                snapshot = self.snapshot()
+                if first:
+                    publish(snapshot)
+            if first:
+                waiting = self.log.waited_seconds - waited
+                report(StepNews(step_record(step, started + waiting, ended, waiting), step, self._note_progress()))
+                started, waited = time.time(), self.log.waited_seconds
+
+    def _say(self, step: StepReport) -> None:
+        """What of a step somebody should read."""
+        number = step.update.step
+        for entry, reason in step.invalid.items():
+            log.error("entry %s is invalid: %s", entry, reason)
+        if warning := self._new_warning(step.update):
+            log.warning("step %d: %s", number, warning)
+        self._warn_of_absent_components(step)
+        if step.update.refusal:
+            log.error("step %d refused: %s", number, step.update.refusal)
+        elif step.update.tokens and not step.update.applied:
+            log.warning("step %d: the filters dropped every token, so the policy stays as it is", number)
 
 
 def step_record(step: StepReport, started: float, ended: float, waited: float) -> dict[str, Any]:

@@ -8,7 +8,10 @@ from sapo_learner.errors import ConfigError
 from services.runtime.settings import RunConfig, load_config
 
 # What the log's entries mean, and where their steps lie, hangs on these.
-FIXED = ("run", "policy", "task", "tasks", "chat", "sampling", "training.groups_per_step", "training.max_policy_age")
+FIXED = (
+    "run", "policy", "task", "tasks", "chat", "sampling", "training.groups_per_step", "training.max_policy_age",
+    "parallel.precision",
+)  # fmt: skip
 
 
 def changes(before: RunConfig, now: RunConfig) -> list[str]:

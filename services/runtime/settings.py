@@ -16,7 +16,15 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from yaml import YAMLError
 
-from sapo_learner.config import ArchiveSettings, CheckpointSettings, LearnerSettings, PolicySettings, Settings, parse
+from sapo_learner.config import (
+    ArchiveSettings,
+    CheckpointSettings,
+    LearnerSettings,
+    ParallelSettings,
+    PolicySettings,
+    Settings,
+    parse,
+)
 from sapo_learner.errors import ConfigError
 from services.runtime.engine_settings import EngineSettings
 from services.runtime.sampling_settings import ChatSettings, SamplingSettings, ScoringSettings
@@ -111,6 +119,7 @@ class RunConfig(LearnerSettings):
 
     run: RunSettings = RunSettings()
     policy: PolicySettings = PolicySettings()
+    parallel: ParallelSettings = ParallelSettings()
     task: TaskSettings = TaskSettings()
     tasks: list[TaskSettings] = Field(default=[])
     """Several tasks in place of `task`, mixed by their shares in every step."""
@@ -170,6 +179,16 @@ class RunConfig(LearnerSettings):
             raise ValueError(
                 f"scoring.overlong_buffer {self.scoring.overlong_buffer} exceeds sampling.max_tokens "
                 f"{self.sampling.max_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engines_compute_as_the_learner(self) -> "RunConfig":
+        if self.parallel.precision != "float32" and self.policy.dtype == "float32":
+            raise ValueError(
+                f"parallel.precision {self.parallel.precision} with policy.dtype float32: engines would compute in "
+                "float32 what the learner computes in 16 bits, and no log-prob would agree; set policy.dtype to "
+                f"{self.parallel.precision}, too"
             )
         return self
 

@@ -21,7 +21,7 @@ from sapo_learner.hidden_states import use_packing
 from sapo_learner.learner import Learner
 from sapo_learner.parallel import ALONE, Ranks
 from sapo_learner.policy import Policy
-from sapo_learner.resume import capture, restore_sharded
+from sapo_learner.resume import capture, restore_from
 from sapo_learner.sharding import ShardedPolicy, checkpoint_activations, gathered, sharded, whole
 from sapo_learner.train import Position
 from tests.recorded import VOCABULARY, random_group
@@ -140,7 +140,7 @@ def _resumed(
     """Weights at the end, of ranks that begin with other weights and go on from the checkpoint there."""
     learner = learner_of(kind, dtype, ranks, parallel, seed=7)
     loaded = ranks.decided(lambda: checkpoint.load_newest(directory, read=checkpoint.load_facts))
-    restore_sharded(learner, loaded.state, loaded.found.path)
+    restore_from(learner, loaded.state, loaded.found.path)
     assert learner.step_count == HALF
     return advance(learner, HALF, STEPS)
 
@@ -190,7 +190,7 @@ def _refused(ranks: Ranks, parallel: ParallelSettings, directory: Path) -> dict[
         learner = learner_of("moe", torch.float64, ranks, parallel)
         loaded = ranks.decided(lambda: checkpoint.load_newest(directory / source, read=checkpoint.load_facts))  # noqa: B023
         try:
-            restore_sharded(learner, loaded.state, loaded.found.path)
+            restore_from(learner, loaded.state, loaded.found.path)
         except SapoError as error:
             said[source] = str(error)
     return said

@@ -121,7 +121,7 @@ def result(case: Case, ranks: Ranks, directory: Path) -> dict[str, Any]:
     alone, expected, _ = step(case, ALONE, directory)
     shared, found, policy = step(case, ranks, directory)
     return {
-        "microbatches": ranks.own([1] * len(case.batch.microbatches)),
+        "microbatches": ranks.shares([1] * len(case.batch.microbatches))[ranks.rank],
         "norm": float(expected.norm()),
         "difference": float((found - expected).norm()),
         "unused": whole(policy.model.get_parameter("unused")).tolist(),

@@ -152,7 +152,7 @@ def test_a_model_that_cannot_have_packed_rows_is_refused_for_several_ranks() -> 
     policy = ranked_models.model_policy("dense", torch.float32)
     policy.model.set_attn_implementation("sdpa")
     assert not packs(policy)
-    with pytest.raises(ConfigError, match=r"parallel\.processes"):
+    with pytest.raises(ConfigError, match=r"policy\.source: .* packed rows .*parallel\.processes"):
         sharded(policy, Ranks(0, 2), ParallelSettings(), torch.device("cpu"), None)
 
 
@@ -202,12 +202,12 @@ def test_torchrun_leaves_no_process_behind(world: World) -> None:
 def test_microbatches_are_shared_out_by_tokens_as_many_to_each(
     costs: list[int], expected: list[list[int | None]]
 ) -> None:
-    assert [Ranks(rank, 2).own(costs) for rank in range(2)] == expected
+    assert Ranks(0, 2).shares(costs) == Ranks(1, 2).shares(costs) == expected
 
 
 def test_every_microbatch_has_exactly_one_owner() -> None:
     costs = torch.randint(1, 100, (37,), generator=torch.Generator().manual_seed(0)).tolist()
-    owned = [Ranks(rank, 5).own(costs) for rank in range(5)]
+    owned = Ranks(0, 5).shares(costs)
     assert {len(each) for each in owned} == {8}
     taken = [[index for index in each if index is not None] for each in owned]
     assert sorted(index for each in taken for index in each) == list(range(37))
