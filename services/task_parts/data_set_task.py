@@ -42,8 +42,8 @@ class DataSetTask(Task):
     answer_column: str = "answer"
     """Column with the answers; where nothing is held against an answer, it need not be there."""
     answer_pattern: str = ""
-    """Regular expression for the part of that column that is the answer: its last match, or that match's first group.
-    GSM8K: "#### (.+)"."""
+    """Regular expression for the part of that column that is the answer: its last match, or that match's first group
+    that took part. GSM8K: "#### (.+)"."""
     info_columns: list[str] = Field(default_factory=list)
     """Further columns that go along with a prompt. With `rewards`: all, unless some are named here."""
 
@@ -143,7 +143,7 @@ class DataSetTask(Task):
         text = answer_task.text_of(value, self.answer_column, where=where)
         if not self.answer_pattern:
             return text
-        found = matching.last_match(re.compile(self.answer_pattern), text)
+        found = matching.last_match(re.compile(self.answer_pattern), text, whole=False)
         if not found or not found.strip():
             raise ConfigError(
                 f"answer_pattern {self.answer_pattern!r} finds nothing in {text[-60:]!r}",

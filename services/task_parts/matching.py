@@ -10,7 +10,8 @@ from typing import Any, Literal
 from services.task_parts import extras
 
 Match = Literal["exact", "number", "regex", "math"]
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
+# Of "5-7" or "(a)-7" the minus is an operation: a sign does not stand behind a digit, a letter or a closing bracket.
+_NUMBER = re.compile(r"(?:(?<![\w)\]}])[-+])?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
 _BOX = re.compile(r"\\f?boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped one is no brace
 
@@ -30,10 +31,13 @@ def matches(match: Match, text: str, answer: str, pattern: str = "") -> bool:
     return found.strip() == answer.strip() or (value is not None and number(found) == value)
 
 
-def last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last match's first group, or all of it when the pattern has none."""
+def last_match(pattern: re.Pattern[str], text: str, *, whole: bool = True) -> str | None:
+    """Of the last match the first group that took part in it; where none did, all of it, or, without `whole`, None."""
     found = list(pattern.finditer(text))
-    return found[-1].group(1 if pattern.groups else 0) if found else None
+    if not found:
+        return None
+    otherwise = found[-1].group() if whole or not pattern.groups else None
+    return next((group for group in found[-1].groups() if group is not None), otherwise)
 
 
 def number(text: str | None) -> float | None:

@@ -9,7 +9,7 @@ A prompt is a text, or a chat: a list of messages with role and content.
 How a response is matched against the answer:
     exact    the whole response equals it, surrounding white space aside
     number   the last number in the response equals it as a number ("1,234.0" is 1234)
-    regex    the last match of `pattern` (its first group, if it has one) equals it, as a number where both are numbers
+    regex    the last match of `pattern` (its first group that took part) equals it, as a number where both are numbers
     math     the last \\boxed{} is mathematically equivalent to it (needs `pip install 'sapo[tasks]'`)
 
 Or `rewards` names functions as TRL has them; every field of the line is then passed on to them.
@@ -80,6 +80,11 @@ class Jsonl(AnswerTask):
     def _problem(self, line: str, where: str, identifier: str) -> Prompt:
         try:
             data: Any = json.loads(line)
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                "holds half a character (a lone surrogate, \\ud800 to \\udfff)", where=where, fix="mend that problem"
+            ) from None
         except ValueError as error:
             raise ConfigError(f"not JSON: {error}", where=where, fix="every line is one JSON object") from None
         if not isinstance(data, dict):

@@ -127,6 +127,7 @@ PROBLEMS: dict[str, tuple[bytes, list[str], list[str]]] = {
     "no answer": (b'{"prompt": "a"}', [], ["p.jsonl:1: no field 'answer'", "answer_field"]),
     "another name": (b'{"promt": "a", "answer": "b"}', [], ["did you mean 'promt'", "prompt_field"]),
     "answer is true": (b'{"prompt": "a", "answer": true}', [], ["p.jsonl:1: 'answer' is True", "mend that problem"]),
+    "half a character": (rb'{"prompt": "a\ud800", "answer": "b"}', [], ["p.jsonl:1: holds half a character"]),
     "blank prompt": (b'{"prompt": " ", "answer": "b"}', [], ["p.jsonl:1: 'prompt' is ' '"]),
     "encoding": (GOOD.encode() + '{"prompt": "à", "answer": "b"}'.encode("latin-1"), [], ["p.jsonl:2: not UTF-8"]),
     "empty": (b"\n\n", [], ["task.path p.jsonl", "no problem in the file", "add lines"]),
