@@ -290,6 +290,8 @@ def _sentence(model: type[BaseModel], data: Mapping[str, Any], error: Mapping[st
         return f"unknown key {dotted!r}, {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
     if error["type"] == "missing":
         return f"{dotted!r} is required"
+    if error["input"] is None and error["type"] != "value_error":
+        return f"{dotted!r} is empty (null): give it a value, or leave the key out"
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{dotted!r}: is a section with keys of its own, got {_short(error['input'])}"
     message = str(error["msg"]).removeprefix("Value error, ")

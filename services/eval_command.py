@@ -35,7 +35,7 @@ def evaluate(
     samples: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Responses per problem of the suite; without one, at least so many in all (default 2000)."
+            min=1, help="Responses per problem. Default: the suite's; without one, as many as make 2000 in all."
         ),
     ] = None,
     temperature: Annotated[
@@ -66,7 +66,7 @@ def evaluate(
     \b
     Examples:
       sapo eval runs/demo
-      sapo eval runs/demo@140 --samples 500 --json
+      sapo eval runs/demo@140 --samples 4 --json
       sapo eval --list
       sapo eval runs/demo --suite arithmetic
       sapo eval path/to/model --suite aime25 --data aime25.jsonl --samples 4 --out aime25

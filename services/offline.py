@@ -32,7 +32,7 @@ from services.suites import Suite
 from services.tasks import Prompt
 
 DEFAULT_MAX_TOKENS = 64
-DEFAULT_SAMPLES = 2000  # of held-out prompts, in all
+DEFAULT_SAMPLES = 2000  # of held-out prompts, in all, at least
 EVALUATIONS = Path("evaluations")  # where a suite's answers go, in the working directory
 Asked = tuple[str, Prompt]  # with the label of the task
 
@@ -41,7 +41,8 @@ Asked = tuple[str, Prompt]  # with the label of the task
 class Plan:
     """What is wanted; None: as the suite or the run has it.
 
-    samples: per problem of the suite; without one, at least so many in all. out: where every answer is written down.
+    samples: per problem; None, and no suite: as many as make DEFAULT_SAMPLES in all. out: where every answer is written
+    down.
     """
 
     given: RunConfig | None = None
@@ -123,7 +124,7 @@ def _asked(scorer: Scorer, plan: Plan) -> tuple[list[Asked], int]:
             "no prompt is held out, so there is nothing to measure on", where=f"task {', '.join(scorer.tasks)}",
             fix="give task.held_out_path, or raise task.held_out_fraction",
         )  # fmt: skip
-    return prompts, math.ceil((plan.samples or DEFAULT_SAMPLES) / len(prompts))
+    return prompts, plan.samples or math.ceil(DEFAULT_SAMPLES / len(prompts))
 
 
 def _check_context(policy: Policy, responder: Responder, prompts: Sequence[Asked], config: RunConfig) -> None:

@@ -232,10 +232,19 @@ def test_the_held_out_prompts_of_a_configuration_are_evaluated_as_before(
     model: Path, suite: Path, tmp_path: Path
 ) -> None:
     settings = ["--set", "task.name=./parity.py", "--set", "sampling.max_tokens=8"]
-    result = json.loads(sapo("eval", model, *settings, "--samples", 17, "--json").out)
+    result = json.loads(sapo("eval", model, *settings, "--samples", 3, "--json").out)
     assert (result["problems"], result["samples"], result["suite"], result["out"]) == (8, 24, None, None)
     assert not (tmp_path / "evaluations").exists()
-    assert sapo("eval", model, *settings, "--samples", 17).out.count("held_out-") == 8
+    assert sapo("eval", model, *settings, "--samples", 3).out.count("held_out-") == 8
+
+
+def test_without_a_number_of_responses_held_out_prompts_get_equally_many_of_2000(
+    model: Path, suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.offline.DEFAULT_SAMPLES", 20)  # 2000 take a while
+    settings = ["--set", "task.name=./parity.py", "--set", "sampling.max_tokens=8"]
+    result = json.loads(sapo("eval", model, *settings, "--json").out)
+    assert (result["problems"], result["samples"], result["samples_per_problem"]) == (8, 24, 3)
 
 
 def test_of_two_writers_the_second_is_refused(tmp_path: Path) -> None:
