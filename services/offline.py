@@ -128,7 +128,7 @@ def _asked(scorer: Scorer, plan: Plan) -> tuple[list[Asked], int]:
 
 
 def _check_context(policy: Policy, responder: Responder, prompts: Sequence[Asked], config: RunConfig) -> None:
-    longest, limit = max(len(responder.encode(prompt)) for _, prompt in prompts), config.sampling.max_tokens
+    longest, limit = max(len(responder.encode(label, prompt)) for label, prompt in prompts), config.sampling.max_tokens
     if policy.context is not None and longest + limit > policy.context:
         room = policy.context - longest
         raise ConfigError(
@@ -143,7 +143,7 @@ def _header(
     plan: Plan,
 ) -> Line:  # fmt: skip
     """What makes two evaluations the same one, but for `time`."""
-    asked = [[label, each.id, responder.encode(each), each.answer, each.info] for label, each in prompts]
+    asked = [[label, each.id, responder.encode(label, each), each.answer, each.info] for label, each in prompts]
     suite = plan.suite
     return evaluation_files.header(
         policy=weights_digest(policy.tensors()),

@@ -15,7 +15,7 @@ from services.runtime.settings import RunConfig
 from services.tasks import Prompt, Split, Task, TaskSettings, Teacher, build, build_all
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
-PROMPTS_CHECKED = 200  # the longest ones
+PROMPTS_MEASURED = 200  # in tokens: the longest ones in characters
 TINY_CONTEXT = 256  # tokens, as in sapo_learner.policy.tiny_policy
 
 
@@ -117,7 +117,7 @@ def _check_lora(config: RunConfig, directory: Path) -> None:
 def _check_prompts(
     directory: Path, config: RunConfig, tasks: Mapping[str, Task], where: str, warn: Callable[[str], None]
 ) -> None:
-    """Hold the longest prompts, as the policy gets them, against the model's vocabulary and context."""
+    """Every prompt goes through the chat template; the longest are held against the model's vocabulary and context."""
     from transformers import AutoConfig, AutoTokenizer
 
     max_tokens = config.sampling.max_tokens
@@ -127,8 +127,11 @@ def _check_prompts(
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(f"transformers cannot load it: {reason}", where=where, fix=MODEL_FIX) from None
-    chat, prompts = Chat(tokenizer, config.chat), _prompts(tasks)
-    longest = [chat.encode(each) for each in sorted(prompts, key=_length)[-PROMPTS_CHECKED:]]
+    chat, prompts = Chat(tokenizer, config.chat), []
+    for label, each in _prompts(tasks):
+        chat.check(each, task=label)
+        prompts.append(each)
+    longest = [chat.encode(each) for each in sorted(prompts, key=_length)[-PROMPTS_MEASURED:]]
     highest, length = max((max(ids, default=0) for ids in longest), default=0), max(map(len, longest), default=0)
     if highest >= model.vocab_size:
         raise ConfigError(
@@ -159,7 +162,7 @@ def _check_suites(config: RunConfig, model: Path | None, warn: Callable[[str], N
         if not suite.checked:
             warn(f"suite {suite.name} is not checked: nobody here has held it against its data")
         task = build(suite.task_settings)
-        prompts = sorted(suite.prompts(task), key=_length)[-PROMPTS_CHECKED:]
+        prompts = sorted(suite.prompts(task), key=_length)
         task.ready()
         limit, chat = suite.max_tokens or config.sampling.max_tokens, None
         context: int | None = TINY_CONTEXT
@@ -169,7 +172,9 @@ def _check_suites(config: RunConfig, model: Path | None, warn: Callable[[str], N
             text = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
             context = getattr(text, "max_position_embeddings", None)
             chat = Chat(AutoTokenizer.from_pretrained(model, local_files_only=True), suite.chat or config.chat)
-        longest = max(len(chat.encode(each)) if chat else _length(each) for each in prompts)
+            for each in prompts:
+                chat.check(each, task=f"of suite {suite.name}")
+        longest = max(len(chat.encode(each)) if chat else _length(each) for each in prompts[-PROMPTS_MEASURED:])
         if context is not None and longest + limit > context:
             raise ConfigError(
                 f"the longest prompt has {longest} tokens; with {limit} of a response that exceeds the model's context "
@@ -177,8 +182,10 @@ def _check_suites(config: RunConfig, model: Path | None, warn: Callable[[str], N
             )  # fmt: skip
 
 
-def _prompts(tasks: Mapping[str, Task]) -> list[Prompt]:
-    return [prompt for task in tasks.values() for split in SPLITS for prompt in task.prompts(split)]
+def _prompts(tasks: Mapping[str, Task]) -> Iterator[tuple[str, Prompt]]:
+    """With the labels of their tasks."""
+    for label, task in tasks.items():
+        yield from ((label, prompt) for split in SPLITS for prompt in task.prompts(split))
 
 
 def _length(prompt: Prompt) -> int:

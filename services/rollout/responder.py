@@ -40,8 +40,8 @@ class Responder:
         other._chat = self._chat if chat is None else Chat(self._tokenizer, chat)
         return other
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        return self._chat.encode(prompt)
+    def encode(self, task: str, prompt: Prompt) -> list[int]:
+        return self._chat.encode(prompt, task=task)
 
     def text(self, sampled: Sampled) -> str:
         """All of a response, without special tokens."""
@@ -73,7 +73,7 @@ class Responder:
 
         Cancelling aborts them all. Raises Unavailable when the engine is gone, Corrupt when a log-prob is not finite.
         """
-        prompt_ids = self.encode(prompt) if prompt_ids is None else prompt_ids
+        prompt_ids = self.encode(task, prompt) if prompt_ids is None else prompt_ids
         seeds = np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
         async with asyncio.TaskGroup() as group:
             responses = [group.create_task(self._one(task, prompt, prompt_ids, each, progress)) for each in seeds]

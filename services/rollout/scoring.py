@@ -255,4 +255,6 @@ def _rewards(found: Any) -> Rewards:
 def _text(found: Any) -> str | None:
     if found is not None and (not isinstance(found, str) or not found):
         raise _Failed("malformed", f"reply returned {found!r:.100}, not a text or None")
+    if found is not None and any("\ud800" <= each <= "\udfff" for each in found):
+        raise _Failed("malformed", f"reply returned {found!r:.100}, which holds half a character (a lone surrogate)")
     return None if found is None else str.__str__(found)

@@ -195,7 +195,7 @@ class Worker:
             lease.tokens += tokens
 
         # Once: a template may write something else the next time, such as the date.
-        prompt_ids, count = self._responder.encode(draw.prompt), self._config.sampling.group_size
+        prompt_ids, count = self._responder.encode(draw.task, draw.prompt), self._config.sampling.group_size
         sampled = await self._responder.respond(draw.task, draw.prompt, draw.seed, count, progress, prompt_ids)
         lease.sampled = True
         rewards = await self._responder.rewards(draw.task, draw.prompt, sampled)

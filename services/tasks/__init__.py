@@ -64,7 +64,9 @@ class Response:
     """What the policy answered, without special tokens, and why it ended.
 
     text: all of it, what the task replied in between included. turns: the policy's own, one after the other; a response
-    in a single turn, and most are, has one, which is `text`.
+    in a single turn, and most are, has one, which is `text`. finish_reason: of the whole, "length" also where a turn
+    had ended, and there was no room left for what the task replied: like a text that is cut off, it does not show what
+    the policy would have answered.
     """
 
     text: str

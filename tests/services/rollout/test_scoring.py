@@ -92,7 +92,8 @@ class Odd(Task):
         return KINDS[response.text]()
 
     def reply(self, prompt, turns):
-        return {"good": Name("well"), "over": None, "empty": "", "number": 3}.get(turns[-1]) or KINDS[turns[-1]]()
+        replies = {"good": Name("well"), "over": None, "empty": "", "number": 3, "half": "\\ud800"}
+        return replies.get(turns[-1]) or KINDS[turns[-1]]()
 """
 TRUE = {"correct": 1.0, "style": 0.5}
 PROMPT = Prompt(id="p-17", content="?")
@@ -280,11 +281,11 @@ async def test_replies_are_texts_or_the_end_and_one_that_fails_ends_the_response
         assert type(await scorer.reply("odd", PROMPT, ["good"])) is str
         assert await scorer.reply("odd", PROMPT, ["None"]) is None
         assert failures(scorer) == {}
-        for count, turn in enumerate(["raises", "exit 3", "number", "leaves"], start=1):
+        for count, turn in enumerate(["raises", "exit 3", "number", "leaves", "half"], start=1):
             with pytest.raises(ReplyFailed):
                 await scorer.reply("odd", PROMPT, [turn])
             assert sum(failures(scorer).values()) == count
-        assert failures(scorer) == {"exception": 2, "crash": 1, "malformed": 1}
+        assert failures(scorer) == {"exception": 2, "crash": 1, "malformed": 2}
 
 
 def test_no_process_before_the_first_score(made: Callable[..., Scorer]) -> None:

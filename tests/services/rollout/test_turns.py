@@ -12,6 +12,7 @@ from torch import Tensor
 from sapo_learner.advantages import group_advantages
 from sapo_learner.batching import collate
 from sapo_learner.config import LearnerSettings
+from sapo_learner.errors import ConfigError
 from sapo_learner.learner import Learner
 from sapo_learner.policy import Policy, tiny_policy
 from sapo_learner.trajectory import Trajectory, TrajectoryGroup, VersionSpan
@@ -22,7 +23,7 @@ from services.rollout.scoring import Scorer
 from services.rollout.worker import _trajectory
 from services.runtime.metrics import RolloutMetrics
 from services.runtime.settings import RunConfig
-from services.tasks import Prompt, Response
+from services.tasks import Message, Prompt, Response
 from services.tasks.arithmetic import Arithmetic
 from services.tasks.calculator import Calculator
 
@@ -129,6 +130,12 @@ async def test_every_token_of_three_turns_is_what_it_says_it_is(made: Callable[.
         assert recorded == (pytest.approx(expected, abs=1e-5) if own else 0.0)
         assert expected < -0.01  # a log-prob of 0 is not that of any token here
     assert sampled.spans == [VersionSpan(len(sampled.token_ids), 0, 0)]
+
+
+async def test_a_prompt_that_cannot_be_encoded_is_named_with_its_task(made: Callable[..., Scene]) -> None:
+    chat = Prompt(id="d", content=(Message(role="user", content="7+5"),))
+    with pytest.raises(ConfigError, match=r"^task arithmetic, prompt d: the prompt is a chat"):
+        await made().responder.respond("arithmetic", chat, 3, 1)
 
 
 async def test_nothing_is_tokenised_again(made: Callable[..., Scene]) -> None:

@@ -254,7 +254,7 @@ async def test_a_lease_becomes_a_group_with_the_facts_of_its_sampling(scene: Sce
 async def test_the_recorded_prompt_is_the_one_that_was_sampled_from(scene: Scene) -> None:
     """Also when the template would write another one the next time, such as a date."""
     given, ids = [], itertools.count(3)
-    scene.responder.encode = lambda prompt: [next(ids), 7]  # type: ignore[method-assign]
+    scene.responder.encode = lambda task, prompt: [next(ids), 7]  # type: ignore[method-assign]
     generate = scene.engine.generate
 
     def watched(request: SampleRequest) -> AsyncIterator[TokenDelta]:
