@@ -123,10 +123,12 @@ class Sandbox:
         self, arguments: list[str], fds: list[int], stdin: int, stderr: int
     ) -> Iterator[subprocess.Popen[bytes]]:
         """A process inside; leaving the block ends it and all that it started."""
-        with tempfile.TemporaryDirectory() if self._isolation == "none" else _no_directory() as directory:
+        directories = tempfile.TemporaryDirectory() if self._isolation == "none" else _no_directory()
+        with directories as directory, _lifeline() as alive:
             process = subprocess.Popen(
-                [*self._wrapper(), *self._python(), *arguments], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr,
-                pass_fds=fds, env={"PYTHONHASHSEED": "0"}, cwd=directory, start_new_session=True,
+                [*self._wrapper(), *self._python(), str(alive), *arguments], stdin=stdin, stdout=subprocess.PIPE,
+                stderr=stderr, pass_fds=[alive, *fds], env={"PYTHONHASHSEED": "0"}, cwd=directory,
+                start_new_session=True,
                 preexec_fn=die_with_parent(signal.SIGKILL),  # bwrap asks for the same, but only once it runs
                 **_unprivileged() if self._isolation == "bubblewrap" else {},
             )  # fmt: skip
@@ -169,6 +171,21 @@ class Sandbox:
 @contextmanager
 def _no_directory() -> Iterator[str]:
     yield "/"
+
+
+@contextmanager
+def _lifeline() -> Iterator[int]:
+    """The end of a pipe whose other end this process alone holds: it says whether that lives.
+
+    Until bwrap has made its namespaces, the first process in them does not end with the one outside. So what runs there
+    looks once more: whoever has died by then is seen to, and who dies later is bwrap's business.
+    """
+    reader, writer = os.pipe()
+    try:
+        yield reader
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 @contextmanager

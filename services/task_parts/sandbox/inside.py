@@ -1,4 +1,4 @@
-"""What runs inside a sandbox: `python -c THIS LIMITS ROLE FDS...`; the standard library alone.
+"""What runs inside a sandbox: `python -c THIS LIMITS LIFELINE ROLE FDS...`; the standard library alone.
 
     program CODE             the code as a program, with its input and output
     answer CODE READ WRITE   the code as a module, whose functions the other side calls
@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import resource
+import select
 import sys
 import types
 from collections.abc import Callable
@@ -236,7 +237,12 @@ def _import(name: str, module: str, names: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    _, limits, role, fd, *rest = sys.argv
+    _, limits, lifeline, role, fd, *rest = sys.argv
+    parent = select.poll()
+    parent.register(int(lifeline))
+    if parent.poll(0):
+        return  # whoever has started this is dead
+    os.close(int(lifeline))
     sys.path[:] = [each for each in sys.path if each]
     for name, value in json.loads(limits).items():
         kind = getattr(resource, name)
