@@ -26,9 +26,8 @@ from services.task_parts import answer_task
 from services.task_parts.sandbox import Isolation, Limits, Sandbox
 from services.tasks import Prompt, Response, Split, Task
 
-_BLOCK = re.compile(
-    r"^[ \t]*```[ \t]*(?:python3?|py)[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE
-)
+_FENCE = "```"
+_OPENING = re.compile(r"```[ \t]*(?:python3?|py)", re.IGNORECASE)
 _OUTPUT_BYTES = 1 << 16  # that a program may print beyond twice what it should
 
 EXAMPLE = 'a line is like {"prompt": "Write add(a, b).", "tests": ["assert add(1, 2) == 3"]}'
@@ -114,8 +113,14 @@ class Code(Task):
 
 def program(text: str) -> str:
     """The last block fenced as Python, or else all of it."""
-    blocks: list[str] = _BLOCK.findall(text)
-    return blocks[-1] if blocks else text
+    lines, first, found = text.split("\n"), None, text
+    for number, line in enumerate(lines):  # not one pattern: of many fences that never close that takes for ever
+        mark = line.strip(" \t")
+        if first is None:
+            first = number + 1 if _OPENING.fullmatch(mark) else None
+        elif mark == _FENCE:
+            found, first = "".join(f"{each}\n" for each in lines[first:number]), None
+    return found
 
 
 def _lines(text: str) -> list[str]:
