@@ -211,6 +211,21 @@ def test_kill_9_of_the_process_that_scores_ends_the_sandbox(user: User) -> None:
     assert ended()
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_nothing_runs_for_one_who_died_while_the_sandbox_was_set_up(alive: bool) -> None:
+    """The moment that the test above finds only by chance: bwrap has not yet tied its first process to itself."""
+    reader, writer = os.pipe()
+    with module._file("print('ran')") as code:
+        if not alive:
+            os.close(writer)
+        command = [sys.executable, "-c", module._INSIDE, "{}", str(reader), "program", str(code.fileno())]
+        found = subprocess.run(command, pass_fds=[reader, code.fileno()], capture_output=True, check=True)
+    os.close(reader)
+    if alive:
+        os.close(writer)
+    assert found.stdout == (b"ran\n" if alive else b"")
+
+
 # ---- hostile
 
 
