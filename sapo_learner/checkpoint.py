@@ -17,14 +17,13 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sapo_learner import shards
@@ -33,7 +32,7 @@ from sapo_learner.errors import Corrupt, Fenced, NotFound
 from sapo_learner.manifest import Blob
 from sapo_learner.parallel import ALONE, Ranks
 from sapo_learner.segment import fsync
-from sapo_learner.snapshot import save_tensors
+from sapo_learner.snapshot import LazyTensors, save_tensors, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +56,9 @@ class CheckpointState:
     cursor: int
     chain: str
     ledger: dict[str, int]
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    rng: dict[str, Tensor]
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    rng: Mapping[str, Tensor]
     environment: dict[str, Any] = field(default_factory=dict)
     published: list[Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -129,7 +128,8 @@ def list_whole(directory: Path) -> list[Found]:
 
 
 def load(path: Path) -> CheckpointState:
-    """Read a checkpoint, checking every digest. Tensors are whole and on the CPU.
+    """Read a checkpoint, checking every digest. Tensors are whole and on the CPU, each read when it is asked for where
+    one process saved it (`tensors_in`).
 
     Raises Corrupt naming the file and another checkpoint to try, NotFound when there is no such directory.
     """
@@ -155,17 +155,23 @@ def load_facts(path: Path) -> CheckpointState:
     rest: dict[str, Any] = {
         each.name: facts[each.name] for each in fields(CheckpointState) if each.name not in _TENSORS
     }
-    return CheckpointState(**rest, model={}, optimizer={}, rng=_read(path / "rng.safetensors"))
+    return CheckpointState(**rest, model={}, optimizer={}, rng=dict(_read(path / "rng.safetensors")))
 
 
 def is_sharded(path: Path) -> bool:
     return (path / shards.METADATA).exists()
 
 
-def load_whole(path: Path) -> dict[str, Tensor]:
-    """Model and optimizer of a checkpoint that is not sharded, named as among shards."""
-    parts = {kind: _read(path / f"{kind}.safetensors") for kind in _SHARES}
-    return {f"{kind}/{name}": each for kind, part in parts.items() for name, each in part.items()}
+def load_whole(path: Path) -> Mapping[str, Tensor]:
+    """Model and optimizer of a checkpoint that is not sharded, named as among shards; each read when asked for."""
+    parts = {kind: tensors_in(path / f"{kind}.safetensors") for kind in _SHARES}
+    held = {f"{kind}/{name}": each for kind, part in parts.items() for name, each in part.held.items()}
+
+    def read(name: str, _: Tensor) -> Tensor:
+        kind, own = name.split("/", 1)
+        return parts[kind][own]
+
+    return LazyTensors(held, read)
 
 
 def share_of(state: CheckpointState) -> dict[str, Tensor]:
@@ -173,9 +179,9 @@ def share_of(state: CheckpointState) -> dict[str, Tensor]:
     return {f"{kind}/{name}": each for kind in _SHARES for name, each in getattr(state, kind).items()}
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> Mapping[str, Tensor]:
     try:
-        return load_file(path)
+        return tensors_in(path)
     except safetensors.SafetensorError as error:
         raise _corrupt(path, str(error)) from None
 

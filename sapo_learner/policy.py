@@ -20,6 +20,7 @@ from sapo_learner.errors import ConfigError, Mismatch
 from sapo_learner.manifest import TOKENIZER_FILES
 from sapo_learner.model_files import MODEL_FILES, read_config, require_weights
 from sapo_learner.segment import fsync
+from sapo_learner.snapshot import without_data
 
 transformers_logging.disable_progress_bar()  # services log; they do not draw
 _GENERATION = "generation_config.json"
@@ -183,12 +184,13 @@ def _read_model(directory: Path, *, weights: bool) -> tuple[Any, list[str]]:
 
 
 def load_weights(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a snapshot's or a checkpoint's tensors (see `Policy.state`) into the model.
+    """Copy a snapshot's or a checkpoint's tensors (see `Policy.state`) into the model, one at a time.
 
-    All or, raising Mismatch for a wrong name or shape, none.
+    All or, raising Mismatch for a wrong name or shape, none. Raises Unavailable with the model in between when the file
+    that a tensor is read from has gone meanwhile: it must not be used any more.
     """
     own = policy.state()
-    require_same_shapes(own, {name: each.shape for name, each in tensors.items()})
+    require_same_shapes(own, {name: each.shape for name, each in without_data(tensors).items()})
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

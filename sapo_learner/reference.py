@@ -18,7 +18,6 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sapo_learner.disk import naming
@@ -29,7 +28,7 @@ from sapo_learner.parallel import ALONE
 from sapo_learner.policy import Policy, load_weights
 from sapo_learner.segment import fsync
 from sapo_learner.sharding import ShardedPolicy, gathered, sharded, whole
-from sapo_learner.snapshot import LazyTensors, save_tensors, weights_digest
+from sapo_learner.snapshot import LazyTensors, save_tensors, tensors_in, weights_digest
 
 DIRECTORY = "reference"
 """Of a run's directory."""
@@ -107,7 +106,7 @@ def _load_sharded(directory: Path | None, policy: ShardedPolicy, digest: str | N
     return frozen
 
 
-def _read(directory: Path | None, digest: str | None) -> dict[str, Tensor]:
+def _read(directory: Path | None, digest: str | None) -> Mapping[str, Tensor]:
     if directory is None or not (directory / _FILE).is_file():
         raise NotFound(
             "the reference policy is not there", where=str(directory or "reference.kl_coefficient"),
@@ -115,7 +114,7 @@ def _read(directory: Path | None, digest: str | None) -> dict[str, Tensor]:
         )  # fmt: skip
     path = directory / _FILE
     try:
-        tensors = load_file(path)
+        tensors = tensors_in(path)
     except safetensors.SafetensorError as error:
         raise Corrupt(f"not a safetensors file: {error}", where=str(path), fix="restore it from a copy") from None
     found = weights_digest(tensors)

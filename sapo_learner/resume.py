@@ -17,6 +17,7 @@ from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
 from sapo_learner.policy import Policy, load_weights, require_same_shapes
 from sapo_learner.sharding import ShardedPolicy, distribute
+from sapo_learner.snapshot import without_data
 from sapo_learner.train import Position
 
 
@@ -62,7 +63,7 @@ def restore_from(learner: Learner, state: CheckpointState, path: Path) -> Positi
         shards.fill(own, path)
     else:
         whole = checkpoint.load_whole(path) if ranks.first else None
-        found = ranks.agreed({name: each.shape for name, each in whole.items()} if whole is not None else {})
+        found = ranks.agreed({name: each.shape for name, each in without_data(whole or {}).items()})
         distribute(_own_share(learner, model, found), whole, ranks)
     return _restore_rest(learner, state, where=str(path))
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sapo_learner.errors import Corrupt, Mismatch, NotFound
+from sapo_learner.errors import Corrupt, Mismatch, NotFound, Unavailable
 from sapo_learner.manifest import Blob, Manifest, TensorEntry, policy_digest
 from sapo_learner.segment import fsync
 
@@ -33,6 +33,22 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.held)
+
+
+def without_data(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same names, shapes and dtypes, which nothing had to be computed or read for."""
+    return tensors.held if isinstance(tensors, LazyTensors) else tensors
+
+
+def tensors_in(path: Path) -> LazyTensors:
+    """A safetensors file's, each mapped when it is asked for and let go with the last reference to it.
+
+    Whoever copies them one by one holds one at a time. Raises what safetensors does for a file that is none, and
+    Unavailable for a tensor whose file has gone since.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        held = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return LazyTensors(held, lambda name, _: _mapped(path, name))
 
 
 def write_snapshot(
@@ -57,7 +73,7 @@ def write_snapshot(
     for leftover in directory.glob(f"{_TEMPORARY}*"):  # of a writer that was killed
         leftover.unlink(missing_ok=True)
     target = _float_dtype(dtype)
-    held = tensors.held if isinstance(tensors, LazyTensors) else tensors
+    held = without_data(tensors)
     _refuse_shared(held)
     parts: list[Blob] = []
     entries: dict[str, TensorEntry] = {}
@@ -71,28 +87,31 @@ def write_snapshot(
     return Manifest(step=step, digest=digest, dtype=dtype, tensors=entries, parts=parts, files=blobs)
 
 
-def read_snapshot(manifest: Manifest, blob_path: Callable[[str], Path]) -> dict[str, Tensor]:
+def read_snapshot(manifest: Manifest, blob_path: Callable[[str], Path]) -> Mapping[str, Tensor]:
     """The tensors, in the manifest's order, on the CPU. `blob_path`: SHA-256 -> where that blob lies.
 
-    Raises Mismatch naming what differs from the manifest: the policy, a part or a tensor. Raises NotFound for a part
-    that is not there.
+    All digests are checked here; a tensor is read once more when it is asked for, so the blobs must stay (see
+    `tensors_in`). Memory: one tensor. Raises Mismatch naming what differs from the manifest: the policy, a part or a
+    tensor. Raises NotFound for a part that is not there.
     """
     if policy_digest(manifest.tensors) != manifest.digest:
         raise Mismatch("the manifest's tensors do not make up its policy digest", where=manifest.digest)
-    found: dict[str, Tensor] = {}
+    found: dict[str, LazyTensors] = {}  # by the name of each tensor in it
     for index, part in enumerate(manifest.parts):
         path = blob_path(part.sha256)
-        for name, tensor in _load(path).items():
+        tensors = _load(path)
+        for name in tensors:
             expected = manifest.tensors.get(name)
-            if expected is None or name in found or _entry(tensor, index) != expected:
+            if expected is None or name in found or _entry(tensors[name], index) != expected:
                 raise Mismatch(f"tensor {name!r} is not the manifest's", where=str(path), fix=_REFETCH)
-            found[name] = tensor
+            found[name] = tensors
         if (actual := Blob.of(path)) != part:  # last, because a tensor's name says more
             raise Mismatch(f"holds {actual.sha256}, not {part.sha256}", where=str(path), fix=_REFETCH)
     for name in manifest.tensors:
         if name not in found:
             raise Mismatch(f"tensor {name!r} is missing", where=f"policy {manifest.digest}", fix=_REFETCH)
-    return {name: found[name] for name in manifest.tensors}
+    held = {name: found[name].held[name] for name in manifest.tensors}
+    return LazyTensors(held, lambda name, _: found[name][name])
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -136,8 +155,8 @@ def _refuse_shared(tensors: Mapping[str, Tensor]) -> None:
     """A snapshot holds each weight once: an engine would load tied ones twice, and a digest would count them twice."""
     owners: dict[tuple[torch.device, int], str] = {}
     for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        owner = owners.setdefault((tensor.device, storage.data_ptr()), name) if storage.nbytes() else name
+        address = tensor.untyped_storage().data_ptr()  # 0 of one without data
+        owner = owners.setdefault((tensor.device, address), name) if address else name
         if owner != name:
             raise Mismatch(f"tensors {owner!r} and {name!r} share storage", fix="pass tied weights under one name")
 
@@ -186,10 +205,19 @@ def _store(directory: Path, write: Callable[[Path], object]) -> Blob:
     return blob
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path) -> LazyTensors:
     try:
-        return load_file(path)
+        return tensors_in(path)
     except FileNotFoundError:
         raise NotFound("a part of the snapshot is not there", where=str(path), fix="fetch it first") from None
     except safetensors.SafetensorError as error:
         raise Mismatch(f"not a safetensors file: {error}", where=str(path), fix=_REFETCH) from None
+
+
+def _mapped(path: Path, name: str) -> Tensor:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise Unavailable(f"tensor {name!r} can no longer be read: {error}", where=str(path), fix="try again") from None
+    return tensor

@@ -265,15 +265,15 @@ def _policy_on_disk(name: str, directory: Path, step: str) -> tuple["Policy", Ru
     if (directory / "config.json").is_file():
         check_model(directory, where=f"policy {directory}")
         return load_policy(directory), None
-    if not (directory / "checkpoints").is_dir():
+    if not any((directory / "checkpoints").glob("step-*")):
         raise NotFound(
             "neither a run directory with checkpoints nor a model directory", where=name,
             fix="give runs/NAME, runs/NAME@STEP, a control plane's URL or a Hugging Face model directory",
         )  # fmt: skip
+    config = run_config(directory)
+    policy = shaped_policy(directory, config)  # first: a run that goes on may prune the checkpoint
     loaded = checkpoint.load_newest(directory / "checkpoints", int(step) if step else None)
     if loaded.reason:
         log.warning("passed over: %s; the policy of step %d is taken", loaded.reason, loaded.state.step)
-    config = run_config(directory)
-    policy = shaped_policy(directory, config)
     load_state(policy, loaded.state, where=str(loaded.found.path))
     return policy.merged(), config

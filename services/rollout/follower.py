@@ -10,7 +10,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -61,8 +61,11 @@ class PolicyStore:
                 path.hardlink_to(self._blobs / part.sha256)
         return self.model_directory
 
-    def tensors(self, manifest: Manifest) -> dict[str, Tensor]:
-        """Verified weights; what does not verify is deleted, so that the next try fetches it anew."""
+    def tensors(self, manifest: Manifest) -> Mapping[str, Tensor]:
+        """Verified weights, to be read before the next `fetch`.
+
+        What does not verify is deleted, so that the next try fetches it anew.
+        """
         try:
             return read_snapshot(manifest, lambda sha256: self._blobs / sha256)
         except Mismatch:

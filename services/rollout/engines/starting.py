@@ -1,6 +1,7 @@
 """Starts the engine that run.yaml names, serving a policy that has been fetched."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ class Fetched(Protocol):
     """Where the blobs of a manifest lie."""
 
     def write_model_directory(self, manifest: Manifest, *, weights: bool) -> Path: ...
-    def tensors(self, manifest: Manifest) -> dict[str, Tensor]:
+    def tensors(self, manifest: Manifest) -> Mapping[str, Tensor]:
         """Verified. Raises Mismatch."""
 
 

@@ -162,8 +162,8 @@ def test_a_replay_names_the_first_step_that_differs(run: Run) -> None:
     states = {found.step: found for found in checkpoint.list_whole(run.directory / "checkpoints")}
     for step in (older, newer):  # altered, and whole
         state = checkpoint.load(states[step].path)
-        name = sorted(state.model)[0]
-        state.model[name].view(-1)[0] += 1e-4
+        state.model = {name: tensor.clone() for name, tensor in state.model.items()}
+        state.model[sorted(state.model)[0]].view(-1)[0] += 1e-4
         checkpoint.save(run.directory / "checkpoints", state, token=run.token + 1)
     with pytest.raises(Mismatch, match=f"step {older}: the replay differs from the run"):
         replay(run.directory)

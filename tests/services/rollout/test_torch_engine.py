@@ -1,6 +1,7 @@
 """The torch engine's own promises: exact steps of its decoder, and what its death does to those who wait."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from sapo_learner.errors import ConfigError, Mismatch, Unavailable
 from sapo_learner.policy import Policy, tiny_policy
+from sapo_learner.snapshot import read_snapshot, write_snapshot
 from services.rollout.engines import PolicyVersion, Sampled, SampleRequest
 from services.rollout.engines.decoder import FLUSH_TOKENS, BatchDecoder
 from services.rollout.engines.torch_engine import TorchEngine
@@ -196,6 +198,20 @@ async def test_an_engine_that_runs_out_of_memory_ends_and_everybody_hears_what_t
     assert not health.alive
     assert "lower engine.slots" in health.detail
     await engine.close()
+
+
+async def test_weights_that_vanish_while_they_are_copied_are_never_served(tmp_path: Path) -> None:
+    """Verified, and then not to be read: what is in the model is neither policy, so it is the engine's end."""
+    new = policy(seed=1).tensors()
+    manifest = write_snapshot(new, step=1, dtype="float32", files={}, directory=tmp_path, part_bytes=1)
+    tensors = read_snapshot(manifest, lambda sha256: tmp_path / sha256)
+    (tmp_path / manifest.parts[-1].sha256).unlink()
+    engine = TorchEngine(policy(), PolicyVersion(0, 0), slots=4)
+    with pytest.raises(Unavailable, match="can no longer be read"):
+        await engine.update_weights(tensors, PolicyVersion(1, 1))
+    assert engine.policy_version == PolicyVersion(0, 0)
+    with pytest.raises(Unavailable, match=r"engine stopped: .*can no longer be read"):
+        await engine.score([4], [5])
 
 
 async def test_weights_that_memory_cannot_take_in_end_the_engine_too(monkeypatch: pytest.MonkeyPatch) -> None:
