@@ -21,7 +21,7 @@ import pebble
 
 from sapo_learner.errors import ConfigError, SapoError
 from services.runtime.metrics import RolloutMetrics
-from services.runtime.processes import exit_reason
+from services.runtime.processes import end_group_with_me, exit_reason
 from services.runtime.sampling_settings import ScoringSettings
 from services.tasks import Prompt, Response, Task, TaskSettings, build_all
 
@@ -192,6 +192,8 @@ def _prepare(settings: list[TaskSettings], memory_gib: float | None, parent: int
         if os.getppid() != parent:
             os._exit(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python waits for whoever holds the interpreter
+    os.setsid()
+    end_group_with_me()  # what a score has started and not waited for
     for name in ("SAPO_TOKEN", "SAPO_REDIS_URL"):
         os.environ.pop(name, None)
     if memory_gib:

@@ -1,8 +1,11 @@
 """What a process tells its parent when it ends, and the other way round."""
 
 import ctypes
+import os
+import select
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -18,3 +21,35 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], Non
         return None
     libc, set_death_signal = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
     return lambda: libc.prctl(set_death_signal, number)
+
+
+WATCH_SECONDS = 0.5  # where the kernel does not tell
+
+
+def end_group_with_me() -> None:
+    """Whatever stays in this process's group ends when this process does, even by kill -9. For one that leads it.
+
+    A fork waits in the group, which so keeps its number until everybody is gone. What leaves the group is not ended.
+    """
+    leader = os.getpid()
+    if os.getpgrp() != leader:
+        raise RuntimeError("this process is in a group with others, which it must not end")
+    if os.fork():
+        return
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.closerange(0, os.sysconf("SC_OPEN_MAX"))  # nobody is to wait for what this one would still hold open
+        _wait_for_parent(leader)
+    finally:
+        os.kill(0, signal.SIGKILL)
+
+
+def _wait_for_parent(parent: int) -> None:
+    if not hasattr(os, "pidfd_open"):
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        return
+    ended = select.poll()
+    ended.register(os.pidfd_open(parent))
+    if os.getppid() == parent:  # it was not too late to look
+        ended.poll()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from sapo_learner.errors import ConfigError
-from services.runtime.processes import die_with_parent
+from services.runtime.processes import die_with_parent, end_group_with_me
 
 Isolation = Literal["bubblewrap", "none"]
 NOBODY = 65534
@@ -128,8 +128,7 @@ class Sandbox:
             process = subprocess.Popen(
                 [*self._wrapper(), *self._python(), str(alive), *arguments], stdin=stdin, stdout=subprocess.PIPE,
                 stderr=stderr, pass_fds=[alive, *fds], env={"PYTHONHASHSEED": "0"}, cwd=directory,
-                start_new_session=True,
-                preexec_fn=die_with_parent(signal.SIGKILL),  # bwrap asks for the same, but only once it runs
+                start_new_session=True, preexec_fn=self._first,
                 **_unprivileged() if self._isolation == "bubblewrap" else {},
             )  # fmt: skip
             with process:
@@ -137,6 +136,13 @@ class Sandbox:
                     yield process
                 finally:
                     os.killpg(process.pid, signal.SIGKILL)  # not reaped so far, or its number could be another's
+
+    def _first(self) -> None:
+        """In the new process, before anything else runs there."""
+        if bind := die_with_parent(signal.SIGKILL):  # bwrap asks for the same, but only once it runs
+            bind()
+        if self._isolation == "none":  # else it ends with its namespace
+            end_group_with_me()
 
     def _python(self) -> list[str]:
         limits = {

@@ -21,7 +21,7 @@ from services.runtime.sampling_settings import ScoringSettings
 from services.tasks import Prompt, Response, TaskSettings
 
 TASK = """
-import itertools, os, re, sys, threading, time
+import itertools, os, re, subprocess, sys, threading, time
 import numpy as np
 from services.tasks import Prompt, Task
 
@@ -42,6 +42,12 @@ class Name(str):
 
 def begun():
     open(os.path.join(os.path.dirname(__file__), f"begun-{os.getpid()}"), "w").close()
+
+
+def starts():
+    pids = [subprocess.Popen(["sleep", "1000"]).pid, os.fork() or time.sleep(1000)]
+    for pid in pids:
+        open(os.path.join(os.path.dirname(__file__), f"started-{pid}"), "w").close()
 
 
 def dies_later():
@@ -65,6 +71,8 @@ KINDS = {
     "exit 3": lambda: os._exit(3),
     "segfault": lambda: os.kill(os.getpid(), 11),
     "killed": lambda: os.kill(os.getpid(), 9),
+    "starts and crashes": lambda: (starts(), os._exit(3)),
+    "starts and hangs": lambda: (starts(), begun(), 0 in itertools.repeat(1)),
     "sleeps": lambda: (begun(), time.sleep(60)),
     "loops": lambda: [None for _ in iter(int, 1)],
     "backtracks": lambda: re.match("(a+)+b", "a" * 60),
@@ -127,6 +135,24 @@ def failures(scorer: Scorer) -> dict[str, float]:
 def begun(directory: Path) -> list[Path]:
     """One file for each process that is at a score without an end."""
     return list(directory.glob("begun-*"))
+
+
+def started(directory: Path) -> list[psutil.Process]:
+    """What scores have started; all of it, once one of them has `begun` or was found to have failed."""
+    found = []
+    for path in directory.glob("started-*"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(int(path.name.removeprefix("started-"))))
+    return found
+
+
+def none_left(directory: Path) -> bool:
+    """Of two processes that a score has started."""
+    assert len(list(directory.glob("started-*"))) == 2
+    left = psutil.wait_procs(started(directory), timeout=10)[1]
+    for each in left:
+        each.kill()
+    return not left
 
 
 def gone(processes: Sequence[psutil.Process]) -> bool:
@@ -264,6 +290,27 @@ async def test_leaving_while_a_score_runs_leaves_no_process(
     assert gone(started)
 
 
+@pytest.mark.parametrize(("text", "reason"), [("starts and hangs", "timeout"), ("starts and crashes", "crash")])
+async def test_what_a_failed_score_has_started_ends_with_its_process(
+    made: Callable[..., Scorer], tmp_path: Path, text: str, reason: str
+) -> None:
+    with made(processes=1, timeout_seconds=3) as scorer:
+        assert await scorer.score("odd", PROMPT, answers("right", text)) == [TRUE, dict.fromkeys(TRUE, 0.0)]
+        assert failures(scorer) == {reason: 1}
+        assert none_left(tmp_path)
+        assert await scorer.score("odd", PROMPT, answers("right")) == [TRUE]
+
+
+async def test_what_a_score_has_started_ends_with_the_scorer(made: Callable[..., Scorer], tmp_path: Path) -> None:
+    with made(timeout_seconds=100) as scorer:
+        running = asyncio.create_task(scorer.score("odd", PROMPT, answers("starts and hangs")))
+        while not begun(tmp_path):
+            await asyncio.sleep(0.01)
+        assert len(started(tmp_path)) == 2
+    running.cancel()
+    assert none_left(tmp_path)
+
+
 async def test_what_only_the_worker_needs_is_not_in_the_environment(
     made: Callable[..., Scorer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +341,7 @@ def test_no_process_before_the_first_score(made: Callable[..., Scorer]) -> None:
         assert len(children()) == before
 
 
-@pytest.mark.parametrize("text", ["sleeps", "holds"])
+@pytest.mark.parametrize("text", ["sleeps", "holds", "starts and hangs"])
 def test_kill_9_of_the_worker_leaves_no_process(file: Path, tmp_path: Path, text: str) -> None:
     script = tmp_path / "worker.py"
     script.write_text(f"""

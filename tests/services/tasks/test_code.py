@@ -226,6 +226,31 @@ def test_nothing_runs_for_one_who_died_while_the_sandbox_was_set_up(alive: bool)
     assert found.stdout == (b"ran\n" if alive else b"")
 
 
+def test_kill_9_of_the_process_that_scores_ends_what_runs_without_a_sandbox_and_what_that_started(
+    tmp_path: Path,
+) -> None:
+    started = tmp_path / "started"
+    code = (
+        "import os, pathlib, subprocess, time\nother = subprocess.Popen(['sleep', '1000'])\n"
+        f"pathlib.Path({str(started)!r}).write_text(f'{{os.getpid()}} {{other.pid}}.')\n"
+        "time.sleep(60)"
+    )
+    script = (
+        "from services.task_parts.sandbox import Limits, Sandbox\n"
+        f"Sandbox('none', Limits(memory_mib={MEMORY})).run({code!r}, '', 60, 9)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as scoring:
+        while not (started.exists() and started.read_text().endswith(".")):
+            time.sleep(0.01)
+        processes = [psutil.Process(int(pid)) for pid in started.read_text().rstrip(".").split()]
+        scoring.kill()
+    left = psutil.wait_procs(processes, timeout=10)[1]
+    for each in left:
+        each.kill()
+    assert len(processes) == 2
+    assert not left
+
+
 # ---- hostile
 
 
