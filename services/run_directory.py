@@ -109,6 +109,7 @@ def stopped_status(directory: Path) -> dict[str, Any]:
         "step": step,
         "last_step": last.get("step"),
         "evaluations": list(evaluations.values()),
+        "unscored": last.get("unscored"),
         "workers": [],
     }
 

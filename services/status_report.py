@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from services.control_plane.unscored import said
 from services.view import notes, worry
 
 
@@ -28,6 +29,8 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
         yield _process(each)
     for each in status["workers"]:
         yield _worker(each)
+    if unscored := status.get("unscored"):
+        yield f"note: {said(unscored)}"
     yield from (f"note: {note}" for note in notes(status))
 
 

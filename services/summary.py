@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.control_plane.record import read
+from services.control_plane.unscored import said
 
 Interval = tuple[float, float]
 
@@ -25,6 +26,7 @@ class _Run:
     busy: list[Interval] = field(default_factory=list)
     probes: list[dict[str, Any]] = field(default_factory=list)
     ceiling: dict[str, Any] = field(default_factory=dict)
+    unscored: dict[str, Any] | None = None
     seconds: float = 0.0  # without the time between sessions
 
     @classmethod
@@ -42,6 +44,8 @@ class _Run:
                     run.probes.append(line)
                 case "warm_start":
                     run.ceiling = line["ceiling"]
+                case "unscored":
+                    run.unscored = {key: line[key] for key in ("reasons", "last", "worker")}
             if previous is not None and line["kind"] != "session":
                 run.seconds += line["time"] - previous
             previous = line["time"]
@@ -78,6 +82,7 @@ def summarise(directory: Path, *, seed: int, ledger_balanced: bool) -> dict[str,
         "engine_logprob_max_abs_diff": max((probe["max_abs_diff"] for probe in run.probes), default=None),
         "engine_logprob_probes": len(run.probes),
         "engine_logprob_mixed_version_responses": sum(probe["mixed_version_responses"] for probe in run.probes),
+        "unscored": run.unscored,
         "seed": seed,
         "examples": _examples(first, last),
     }
@@ -159,6 +164,8 @@ def print_report(console: Console, summary: dict[str, Any], path: Path) -> None:
             f"policy age mean {summary['policy_age_mean']:.2f}, max {summary['policy_age_max']} steps; "
             f"{summary['mixed_version_responses']} responses span several versions"
         )
+    if unscored := summary.get("unscored"):
+        say(f"[yellow]{escape(said(unscored))}[/yellow]")
     balance = "balances" if summary["ledger_balanced"] else "DOES NOT BALANCE"
     say(f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; ledger {balance}; {escape(str(path))}")
 

@@ -35,6 +35,7 @@ def status(
         "last_step": record.last("step"),
         "evaluations": finished[-EVALUATIONS_SHOWN:],
         "evaluating": [{"id": each.id, "version": each.version} for each in evaluations.open],
+        "unscored": record.last("unscored"),
         "workers": [json.loads(each.report_json) | {"age_seconds": each.age_seconds} for each in workers],
         "version": state.published_version,
         "published_step": state.published_step,

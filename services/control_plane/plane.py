@@ -14,7 +14,7 @@ from sapo_learner.config import parse
 from sapo_learner.errors import ConfigError, Unavailable
 from sapo_learner.ledger import Ledger
 from sapo_learner.manifest import Manifest
-from services.control_plane import overview
+from services.control_plane import overview, unscored
 from services.control_plane.evaluation_files import EvaluationFiles
 from services.control_plane.evaluation_parts import summary
 from services.control_plane.evaluations import Evaluations
@@ -149,7 +149,9 @@ class ControlPlane:
         self._workers.hear(beat.worker, beat.version, beat.step)
         if beat.busy:
             self.record.add("busy", worker=beat.worker, intervals=beat.busy)
-        report = beat.model_copy(update={"busy": [], "leases": []})
+        if beat.unscored:
+            unscored.add(self.record, beat.worker, beat.unscored)
+        report = beat.model_copy(update={"busy": [], "leases": [], "unscored": None})
         await self._store.heartbeat(beat.worker, report.model_dump_json(), TTL_SECONDS)
         lost = await self._store.renew(beat.worker, [(each.draw, each.attempt, each.tokens) for each in beat.leases])
         current = await self._store.current()

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,11 @@ class Responder:
 
     def encode(self, task: str, prompt: Prompt) -> list[int]:
         return self._chat.encode(prompt, task=task)
+
+    @property
+    def failures(self) -> tuple[Counter[str], str]:
+        """Responses that could not be scored or replied to so far, by reason, and the newest in words."""
+        return Counter(self._scorer.failures), self._scorer.last_failure
 
     def text(self, sampled: Sampled) -> str:
         """All of a response, without special tokens."""

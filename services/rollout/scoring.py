@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ from services.tasks import Prompt, Response, Task, TaskSettings, build_all
 log = logging.getLogger(__name__)
 Rewards = dict[str, float]
 CHARACTERS = 300  # of what an exception says
+MESSAGE_CHARACTERS = 1000
 TRIES = 3  # pools, for a score that none of them gets to
 
 
@@ -58,6 +60,8 @@ class Scorer:
             task.ready()
         self._worth = 0.0 if scoring.on_error == "stop" else scoring.on_error
         self._settings = list(settings)
+        self.failures = Counter[str]()  # responses that could not be scored or replied to, by reason
+        self.last_failure = ""
         self._names: dict[str, list[str]] = {}  # components of a task, by label, as its last group had them
         self._pool = None if all(task.inline for task in self.tasks.values()) else self._new_pool()
         # A score that a process has been handed cannot be taken back, only ended with the process.
@@ -128,6 +132,9 @@ class Scorer:
     def _note(self, label: str, prompt: Prompt, error: _Failed) -> None:
         """Count it and say it; raises ConfigError where it shall end the worker."""
         self._metrics.scoring_failures.labels(label, error.kind).inc()
+        self.failures[error.kind] += 1
+        what = f"task {label}, prompt {prompt.id}: {error}"[:MESSAGE_CHARACTERS]
+        self.last_failure = what.encode(errors="replace").decode()  # half a surrogate pair cannot be sent
         if self._scoring.on_error == "stop":
             raise ConfigError(
                 str(error), where=f"task {label}, prompt {prompt.id}",

@@ -9,6 +9,7 @@ message says why, and the draw is offered again when its lease runs out. What a 
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -78,6 +79,7 @@ class Worker:
         self._mixed = self._invalid = 0
         self._notes: list[str] = []
         self._hopeless: int | None = 0  # groups so far without a correct response; None once that is settled
+        self._told, _ = responder.failures  # an earlier worker has told of those
         self._watch = EngineWatch(clock)
         self._beating = asyncio.Lock()  # a later report must not arrive first
 
@@ -143,6 +145,9 @@ class Worker:
             log.info("handing back %d leases", len(left))
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
+                if self._responder.failures[0] != self._told:
+                    with contextlib.suppress(SapoError):  # handing back matters more
+                        await self.beat()
                 await self._control.release(api.ReleaseRequest(worker=self.name, leases=left, leaving=True))
         except (SapoError, TimeoutError) as error:
             log.warning("leases not handed back, they will run out: %s", error or "no answer")
@@ -159,14 +164,18 @@ class Worker:
         async with self._beating:
             health = await self._engine.health()
             rate, policy = self._watch.look(health), self._engine.policy_version
+            failures, last = self._responder.failures
+            new = failures - self._told
             response = await self._control.heartbeat(
                 api.Heartbeat(
                     worker=self.name, version=policy.version, step=policy.step, rows=health.rows, tokens=health.tokens,
                     tokens_per_second=rate, busy=self._engine.busy_intervals(), leases=self._take_progress(),
                     waiting_for="" if self._working else self._waiting_for or "lease",
                     mixed_version_responses=self._mixed, notes=self._notes, probe=_figures(self._follower.probe),
+                    unscored=api.Unscored(reasons=new, last=last) if new else None,
                 )
             )  # fmt: skip
+            self._told = failures
         self._follower.hint(response.version)
         for each in response.lost:
             lease = self._leases.get((each.draw, each.attempt))

@@ -104,6 +104,14 @@ class ProbeFigures(BaseModel):
     mean: Finite
 
 
+class Unscored(BaseModel):
+    """Responses that could not be scored, or not be replied to."""
+
+    reasons: dict[str, Count] = Field(max_length=16)
+    last: str = Field(max_length=2000)
+    """Of which task and prompt the newest one was, and what was wrong."""
+
+
 class Heartbeat(RequestBody):
     worker: WorkerName
     version: Count
@@ -122,6 +130,8 @@ class Heartbeat(RequestBody):
     notes: list[str] = []
     """What a person should know of, until the worker ends."""
     probe: ProbeFigures | None = None
+    unscored: Unscored | None = None
+    """Those since the last heartbeat; None when there are none."""
 
 
 class HeartbeatResponse(BaseModel):

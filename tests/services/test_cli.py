@@ -19,6 +19,7 @@ from services.cli import app
 from services.runtime.http import probe_app, serving
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import ControlPlaneMetrics
+from services.runtime.settings import dump_config
 from tests.command_line import Outcome, sapo
 from tests.small_run import Learner, Running, heartbeat, lease_request
 
@@ -136,6 +137,22 @@ async def test_status_and_ledger_by_url(running: Running, learner: Learner, monk
     assert f"note: {note}" in lines
     assert any(re.match(r"draw 0 \(attempt 1\) has been with a for [\d.]+ s$", line) for line in lines)
     assert any(line.startswith("a: version 0") and line.endswith("waits for lookahead") for line in lines)
+    assert "could not be scored" not in " ".join(lines)
+    for worker, reasons, last in [
+        ("a", {"timeout": 1}, "task [b], prompt train-3: no answer"),
+        ("b", {"exception": 2, "timeout": 9}, "task [b], prompt train-17: ZeroDivisionError"),
+        ("a", None, ""),
+    ]:
+        unscored = reasons and {"reasons": reasons, "last": last}
+        await running.client.heartbeat(heartbeat(worker, unscored=unscored))
+    lines = (await asyncio.to_thread(sapo, "status", running.url)).out.splitlines()
+    said = (
+        "note: 12 responses could not be scored (timeout 10, exception 2); last: task [b], prompt train-17: "
+        "ZeroDivisionError; the log of b says more"
+    )
+    assert said in lines
+    (running.config.run.directory / "run.yaml").write_text(dump_config(running.config))
+    assert said in (await asyncio.to_thread(sapo, "status", str(running.config.run.directory))).out.splitlines()
     ledger = await asyncio.to_thread(sapo, "ledger", running.url, "--json")
     assert (ledger.code, json.loads(ledger.out)["balanced"]) == (0, True)
     await learner.report("training", 1, cursor=5)

@@ -45,6 +45,26 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_what_could_not_be_scored_is_said_in_the_end(directory: Path) -> None:
+    summary = summarise(directory, seed=3, ledger_balanced=True)
+    assert summary["unscored"] is None
+    assert "could not be scored" not in printed(summary)
+    with (directory / "record.jsonl").open("a") as record:
+        for count in (1, 2):
+            line = {"reasons": {"timeout": count}, "last": "task [b], prompt p: late", "worker": "rollout-0"}
+            record.write("\n" + json.dumps(line | {"kind": "unscored", "time": 504.0}) + "\n")
+    summary = summarise(directory, seed=3, ledger_balanced=True)
+    assert summary["unscored"]["reasons"] == {"timeout": 2}
+    said = "2 responses could not be scored (timeout 2); last: task [b], prompt p: late; the log of rollout-0 says more"
+    assert said in printed(summary).splitlines()
+
+
+def printed(summary: dict[str, Any]) -> str:
+    output = io.StringIO()
+    print_report(Console(file=output, width=20), summary, Path("summary.json"))
+    return output.getvalue()
+
+
 def test_figures_come_from_the_record(directory: Path) -> None:
     summary = summarise(directory, seed=3, ledger_balanced=True)
     assert summary["base_pass_at_1"] == 0.3

@@ -21,7 +21,7 @@ from tests.small_run import (
 )
 
 STATUS_FIELDS = {
-    "run", "state", "steps", "learner", "last_step", "evaluations", "evaluating", "workers", "version",
+    "run", "state", "steps", "learner", "last_step", "evaluations", "evaluating", "unscored", "workers", "version",
     "published_step", "accepted", "unread", "groups_ready", "open_leases", "reoffered", "slowest_draws", "since",
 }  # fmt: skip
 
@@ -37,6 +37,7 @@ async def test_status_of_a_run_that_has_not_begun(running: Running) -> None:
     assert set(status) == STATUS_FIELDS
     assert (status["state"], status["version"], status["steps"]) == ("not started", None, 5)
     assert (status["accepted"], status["workers"], status["evaluations"]) == (0, [], [])
+    assert status["unscored"] is None
 
 
 async def test_status_says_what_is_accepted_leased_ready_and_who_works(running: Running, learner: Learner) -> None:

@@ -601,6 +601,42 @@ async def test_answers_that_never_match_are_told_once_with_an_example(scene: Sce
     assert "expected '6'" in note
 
 
+async def test_what_could_not_be_scored_is_told_once_with_the_newest_in_words() -> None:
+    scene = Scene(broken=True)
+    async with scene.working() as loop:
+        scene.control.give(0)
+        await scene.sender.groups.get()
+        await scene.worker.beat()
+        told = scene.control.beats[-1].unscored
+        assert told is not None
+        assert told.reasons == {"exception": GROUP}
+        assert told.last.startswith("task arithmetic, prompt ")
+        assert ": ZeroDivisionError: a bug in scoring (" in told.last
+        await scene.worker.beat()
+        assert scene.control.beats[-1].unscored is None
+        scene.control.give(1)
+        await scene.sender.groups.get()
+        loop.cancel()
+        await scene.worker.drain()  # the last chance to tell
+        assert [each.unscored.reasons for each in scene.control.beats if each.unscored] == [{"exception": GROUP}] * 2
+    await scene.engine.close()
+
+
+async def test_what_was_wrong_can_be_sent_whatever_it_says(scene: Scene) -> None:
+    def score(prompt: Prompt, response: Response) -> dict[str, float]:
+        raise ValueError("half a pair: \ud800 " + "x" * 10_000)
+
+    scene.scorer.tasks["arithmetic"] = Scored(rule=score)
+    async with scene.working():
+        scene.control.give(0)
+        await scene.sender.groups.get()
+        await scene.worker.beat()
+    told = scene.control.beats[-1].unscored
+    assert told is not None
+    assert "half a pair: ? x" in told.last
+    assert len(told.model_dump_json()) < 2000
+
+
 async def test_one_correct_answer_is_enough_to_say_nothing(scene: Scene) -> None:
     scores = iter([1.0] + [0.0] * 1000)
     scene.scorer.tasks["arithmetic"] = Scored(rule=lambda prompt, response: {"correct": next(scores)})
