@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NAME = re.compile(r"`([\w./-]+)`:\s*\Z")
-_INDENTED = re.compile(r"^ {4}(?=(?:\.venv/bin/)?(?:sapo|make) )(.*)$", re.MULTILINE)
+_TOOLS = "sapo|make|torchrun|kubectl"
+_INDENTED = re.compile(rf"^ {{4}}(?=(?:\.venv/bin/)?(?:{_TOOLS}) )(.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ def files(document: Path) -> dict[str, str]:
 
 
 def commands(document: Path) -> list[Command]:
-    """`sapo` and `make` commands in shell blocks and indented lines, in order; a line that ends in \\ goes on."""
+    """Commands of these tools in shell blocks and indented lines, in order; a line that ends in \\ goes on."""
     shell = [block.text for block in blocks(document) if block.language == "sh"]
     lines = "\n".join([*shell, *_INDENTED.findall(document.read_text())]).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:
         text, _, comment = line.strip().partition("#")
-        if re.match(r"(\.venv/bin/)?(sapo|make) ", text):
+        if re.match(rf"(\.venv/bin/)?({_TOOLS}) ", text):
             found.append(Command(document.name, text.strip().removeprefix(".venv/bin/"), comment.strip()))
     return found
 

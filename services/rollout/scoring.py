@@ -133,14 +133,14 @@ class Scorer:
         """Count it and say it; raises ConfigError where it shall end the worker."""
         self._metrics.scoring_failures.labels(label, error.kind).inc()
         self.failures[error.kind] += 1
-        what = f"task {label}, prompt {prompt.id}: {error}"[:MESSAGE_CHARACTERS]
-        self.last_failure = what.encode(errors="replace").decode()  # half a surrogate pair cannot be sent
+        what = f"task {label}, prompt {prompt.id}: {error}".encode(errors="replace").decode()
+        self.last_failure = what[:MESSAGE_CHARACTERS]  # half a surrogate pair can neither be sent nor written
         if self._scoring.on_error == "stop":
             raise ConfigError(
                 str(error), where=f"task {label}, prompt {prompt.id}",
                 fix="mend the task, or set scoring.on_error to what such a response is worth",
             ) from None  # fmt: skip
-        log.warning("task %s, prompt %s: %s; counts as %g", label, prompt.id, error, self._worth)
+        log.warning("%s; counts as %g", what, self._worth)
 
     async def _run(self, label: str, remote: Callable[..., Any], inline: Callable[..., Any], *args: Any) -> Any:
         task = self.tasks[label]
