@@ -1,7 +1,7 @@
 """Overlong shaping: DAPO arXiv 2503.14476, Eq. 13, as a reward component of its own."""
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -21,6 +21,8 @@ class Tokenizer:
     """One character per token."""
 
     chat_template = None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    all_special_tokens: ClassVar[list[str]] = []
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         return "x" * len(token_ids)
