@@ -12,7 +12,7 @@ FSYNC  ?= always
 MINUTES ?= 5
 TORCH  ?= torch==2.13.0
 
-.PHONY: help install install-vllm demo demo-vllm test test-vllm chaos overload engines lint format protos clean
+.PHONY: help install install-vllm demo demo-vllm test test-vllm chaos overload engines learner lint format protos clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ overload: install  ## workers ten times faster than the learner, about ten minut
 
 engines: install-vllm  ## tokens per second of the torch engine and vLLM side by side, about six minutes
 	$(BIN_VLLM)/python -m benchmarks.engines
+
+learner: install  ## CPU time of optimizer steps beside TRL's on the same recorded groups, about ten minutes
+	$(BIN)/python -m benchmarks.learner
 
 lint: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

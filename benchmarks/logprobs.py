@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from benchmarks.memory import forget_peak, peak
 
 METHODS = ("naive", "ours", "linear_cross_entropy")
 DTYPES = ("float32", "bfloat16")
@@ -59,23 +60,12 @@ def measure(method: Callable[..., Any], tokens: int, vocabulary: int, width: int
     upstream = torch.randn(tokens, generator=generator)
     method(hidden[:2], weight[:64], targets[:2] % 64).sum().backward()  # loads what is loaded at the first call
     hidden.grad = weight.grad = None
-    before = _forget_peak()
+    before = forget_peak()
     started = time.process_time()
     logprobs = method(hidden, weight, targets)
     logprobs.backward(upstream.to(logprobs.dtype))
     seconds = time.process_time() - started
-    return {"bytes": _status("VmHWM") - before, "seconds": seconds, "logprobs": logprobs.detach()[::97].tolist()}
-
-
-def _forget_peak() -> int:
-    """Reset the peak of the resident size; returns the size now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+    return {"bytes": peak() - before, "seconds": seconds, "logprobs": logprobs.detach()[::97].tolist()}
 
 
 def main() -> None:
