@@ -133,7 +133,7 @@ def trl(job: Job, steps: Sequence[list[TrajectoryGroup]], gradient: Path) -> Tim
     pads what it samples. gradient: as for `ours`."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
     from trl.trainer.utils import pad
 
     clock, timed, remaining = Clock(), Timed(), iter(steps)
@@ -154,23 +154,28 @@ def trl(job: Job, steps: Sequence[list[TrajectoryGroup]], gradient: Path) -> Tim
         def on_step_end(self, *_: Any, **__: Any) -> None:
             timed.append(clock.stop())
 
-    rows = rows_per_pass(job)
     policy = policy_of(job)
-    arguments = GRPOConfig(
-        output_dir=str(gradient.parent / "trl"), loss_type="sapo", max_steps=len(steps), num_generations=GROUP,
+    trainer = Recorded(
+        model=policy.model, reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=trl_arguments(job, len(steps), gradient.parent), processing_class=policy.tokenizer,
+        callbacks=[Stopwatch()], train_dataset=Dataset.from_dict({"prompt": ["0"] * (job.responses // GROUP)}),
+    )  # fmt: skip
+    assert not policy.model.is_activation_checkpointing
+    trainer.train()
+    return timed
+
+
+def trl_arguments(job: Job, steps: int, scratch: Path) -> Any:
+    from trl import GRPOConfig
+
+    rows = rows_per_pass(job)
+    return GRPOConfig(
+        output_dir=str(scratch / "trl"), loss_type="sapo", max_steps=steps, num_generations=GROUP,
         per_device_train_batch_size=rows, gradient_accumulation_steps=job.responses // rows,
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", adam_beta2=BETA2, max_grad_norm=1.0,
         max_completion_length=job.tokens, activation_checkpointing=False, bf16=False, use_cpu=True, report_to="none",
         save_strategy="no", disable_tqdm=True, logging_steps=10**6,
     )  # fmt: skip
-    trainer = Recorded(
-        model=policy.model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments,
-        processing_class=policy.tokenizer, callbacks=[Stopwatch()],
-        train_dataset=Dataset.from_dict({"prompt": ["0"] * (job.responses // GROUP)}),
-    )  # fmt: skip
-    assert not policy.model.is_activation_checkpointing
-    trainer.train()
-    return timed
 
 
 def padded(groups: Sequence[TrajectoryGroup], pad: Callable[..., Tensor], pad_id: int) -> dict[str, Tensor]:
