@@ -89,9 +89,7 @@ class Trajectory:
             ("behaviour_logprobs", self.behaviour_logprobs, np.float32),
             ("loss_mask", self.loss_mask, np.bool_),
         ):
-            _require(array.dtype == dtype, f"{name} is {array.dtype}, expected {np.dtype(dtype)}", fix=_SAME_VERSION)
-            one_each = f"{name} has shape {array.shape}, expected ({count},)"
-            _require(array.shape == (count,), one_each, fix="give every token one id, one log-prob and one mask value")
+            _require_per_token(name, array, np.dtype(dtype), count)
             array.setflags(write=False)
         _require_all("token id", self.token_ids, self.token_ids >= 0, "negative", _TOKENIZER)
         logprobs = self.behaviour_logprobs
@@ -174,6 +172,14 @@ class TrajectoryGroup:
 def _require(condition: bool, what: str, *, where: str = "", fix: str = "") -> None:
     if not condition:
         raise InvalidTrajectory(what, where=where, fix=fix)
+
+
+def _require_per_token(name: str, array: NDArray[Any], dtype: np.dtype[Any], count: int) -> None:
+    if array.dtype == dtype and array.shape == (count,):
+        return  # before texts are written that nobody reads: they would take as long as all that is checked
+    _require(array.dtype == dtype, f"{name} is {array.dtype}, expected {dtype}", fix=_SAME_VERSION)
+    one_each = f"{name} has shape {array.shape}, expected ({count},)"
+    _require(array.shape == (count,), one_each, fix="give every token one id, one log-prob and one mask value")
 
 
 def _require_all(

@@ -270,3 +270,10 @@ def test_reward_components_whose_sum_overflows_are_refused() -> None:
     """Each is finite, the reward is not: it would poison the group's advantages."""
     with pytest.raises(InvalidTrajectory, match="sum of the reward components"):
         trajectory(rewards={"a": 1.7e308, "b": 1.7e308})
+
+
+def test_what_is_not_one_number_per_token_in_its_dtype_is_refused() -> None:
+    with pytest.raises(InvalidTrajectory, match="behaviour_logprobs is float64, expected float32"):
+        trajectory((5, 6), behaviour_logprobs=np.full(2, -1.5))
+    with pytest.raises(InvalidTrajectory, match=r"loss_mask has shape \(2, 1\), expected \(2,\)"):
+        trajectory((5, 6), loss_mask=np.ones((2, 1), np.bool_))
