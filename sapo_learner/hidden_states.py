@@ -63,14 +63,14 @@ def use_packing(policy: Policy) -> bool:
     """Let the policy's model run on packed rows, if that gives what padded ones do; else log why it does not."""
     if packs(policy):
         return True
-    reason = _unable(policy) or _tried(policy)
+    reason = cannot_pack(policy) or _tried(policy)
     if reason:
         log.warning("%s is trained in padded rows: %s", type(policy.model).__name__, reason)
     return not reason
 
 
-def _unable(policy: Policy) -> str:
-    """What the model's configuration and signature say against it, "" for nothing."""
+def cannot_pack(policy: Policy) -> str:
+    """What the model's configuration and signature say against packing, "" for nothing; its weights are not asked."""
     model = policy.model
     config = model.config.get_text_config()
     if model.config._attn_implementation != "sdpa":

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sapo_learner.config import ParallelSettings
 from sapo_learner.errors import ConfigError
-from sapo_learner.hidden_states import packs
+from sapo_learner.hidden_states import cannot_pack, packs
 from sapo_learner.packed_logprobs import PackedLogprobs
 from sapo_learner.parallel import Ranks
 from sapo_learner.policy import Policy
@@ -113,17 +113,27 @@ def sharded(
 def check_shardable(policy: Policy) -> None:
     """Raises ConfigError, saying what to change."""
     if not packs(policy):
-        raise ConfigError(
-            f"{type(policy.model).__name__} cannot be trained in packed rows (the log says why), so not by several "
-            "ranks or in another precision", where="policy.source", fix="set parallel.processes to 1 and "
-            "parallel.precision to float32",
-        )  # fmt: skip
+        raise _not_packed(policy, "the log says why")
     if policy.frozen_base is not None:
         raise ConfigError(
             "adapters are trained by one process, in float32", where="policy.lora", fix="set parallel.processes to 1 "
             "and parallel.precision to float32, or leave policy.lora out",
         )  # fmt: skip
     layers_of(policy)
+
+
+def check_shape(policy: Policy) -> None:
+    """The part of it that needs no weights, for a policy that packing was not tried on."""
+    if reason := cannot_pack(policy):
+        raise _not_packed(policy, reason)
+    layers_of(policy)
+
+
+def _not_packed(policy: Policy, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{type(policy.model).__name__} cannot be trained in packed rows ({reason}), so not by several ranks or in "
+        "another precision", where="policy.source", fix="set parallel.processes to 1 and parallel.precision to float32",
+    )  # fmt: skip
 
 
 def layers_of(policy: Policy) -> list[torch.nn.Module]:

@@ -44,6 +44,7 @@ def check(config: RunConfig, warn: Callable[[str], None] = lambda _: None) -> di
         model = hub.directory(config.policy, weights=False)
         check_model(model, where=where, weights=not fetched)
         _check_lora(config, model)
+        _check_ranks(config, model)
         _check_prompts(model, config, tasks, where, warn)
     _check_suites(config, None if config.policy.source == "tiny" else model, warn)
     for label in [label for label, count in held_out.items() if not count]:
@@ -112,6 +113,15 @@ def _check_lora(config: RunConfig, directory: Path) -> None:
         from sapo_learner.lora import check_lora
 
         check_lora(directory, config.policy.lora)
+
+
+def _check_ranks(config: RunConfig, directory: Path) -> None:
+    """What can be told of a model without its weights; the learner tries it with them."""
+    if config.parallel.processes > 1:
+        from sapo_learner.empty_policy import empty_policy
+        from sapo_learner.sharding import check_shape
+
+        check_shape(empty_policy({"config.json": (directory / "config.json").read_bytes()}, packs=False))
 
 
 def _check_prompts(

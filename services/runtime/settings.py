@@ -193,6 +193,21 @@ class RunConfig(LearnerSettings):
         return self
 
     @model_validator(mode="after")
+    def _ranks_can_be_laid_out(self) -> "RunConfig":
+        parallel = self.parallel
+        if parallel.processes > 1 and parallel.processes % (parallel.shard or 1):
+            raise ValueError(
+                f"parallel.processes {parallel.processes} cannot share copies of the weights {parallel.shard} by "
+                f"{parallel.shard}: set parallel.shard to a divisor of {parallel.processes}, or leave it out"
+            )
+        if self.policy.lora is not None and (parallel.processes > 1 or parallel.precision != "float32"):
+            raise ValueError(
+                "policy.lora: adapters are trained by one process, in float32; set parallel.processes to 1 and "
+                "parallel.precision to float32, or leave policy.lora out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _pacing_can_move(self) -> "RunConfig":
         age, every = self.training.max_policy_age, self.pacing.publish_every
         if self.lookahead > age:

@@ -83,6 +83,14 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "nothing held out to warm-start": (["task.held_out_every=2000000000"], ["warm start", "hold some out"]),
     "model that is not there": (["policy.source=/none"], ["policy.source /none", "no such directory", "or tiny"]),
+    "ranks and copies": (
+        ["parallel.processes=4", "parallel.shard=3"],
+        ["parallel.processes 4 cannot share", "3 by 3", "set parallel.shard to a divisor of 4"],
+    ),
+    "ranks and adapters": (
+        ["parallel.processes=2", "policy.lora={}"],
+        ["policy.lora: adapters are trained by one process", "parallel.processes to 1"],
+    ),
     "malformed --set": (["training.steps"], ["--set", "'training.steps' is not KEY=VALUE", "for example"]),
     "--set that is no YAML": (["training.steps=["], ["--set", "not readable as YAML", "quote"]),
     "interpolation": (["run.name=${nowhere}"], ["--set", "nowhere"]),
