@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -89,6 +89,19 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on every rank, by rank. An error of ours, or of a disk, is raised on all: the first rank's
+        that has one, so that none goes on to what the others will not take part in."""
+        result, refusal = None, None
+        try:
+            result = work()
+        except (SapoError, OSError) as error:
+            refusal = error
+        said = self.said((result, refusal))
+        if refusal := next((each for _, each in said if each is not None), None):
+            raise refusal
+        return [cast(T, each) for each, _ in said]
 
     def agreed(self, value: T) -> T:
         """What rank 0 said, on every rank."""
@@ -175,8 +188,11 @@ def together(ranks: Ranks) -> Iterator[None]:
         if ranks.size == 1 or not any(words in str(error) for words in _LOST):
             raise
         reason = str(error).splitlines()[0][:200]
-        raise Unavailable(
+        gone = Unavailable(
             f"another rank of the learner is gone: {reason}",
             where=f"rank {ranks.rank} of {ranks.size}",
             fix="look for the rank that ended first; torchrun starts them all again from the newest checkpoint",
-        ) from None
+        )
+        if not ranks.first:  # once is enough: many of these would bury what the one that is gone has said
+            gone.add_note(SAID)
+        raise gone from None

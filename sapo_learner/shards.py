@@ -44,11 +44,16 @@ def write(tensors: Mapping[str, Tensor], checkpoint: Path, ranks: Ranks) -> dict
             save(dict(tensors), storage_writer=FileSystemWriter(directory, sync_files=True))
     except CheckpointException as error:
         raise _disk_failure(error, directory) from error
-    own = sorted(directory.glob(f"__{ranks.rank}_*")) + ([checkpoint / METADATA] if ranks.first else [])
-    blobs = {str(path.relative_to(checkpoint)): Blob.of(path) for path in own}
+    return {name: blob for said in ranks.each(lambda: _own(directory, ranks)) for name, blob in said.items()}
+
+
+def _own(directory: Path, ranks: Ranks) -> dict[str, Blob]:
+    """What this rank wrote, read again; the first one sees to it that all files keep their names."""
+    paths = sorted(directory.glob(f"__{ranks.rank}_*"))
     if ranks.first:
         fsync(directory)
-    return {name: blob for said in ranks.said(blobs) for name, blob in said.items()}
+        paths.append(directory.parent / METADATA)
+    return {str(path.relative_to(directory.parent)): Blob.of(path) for path in paths}
 
 
 def shapes(checkpoint: Path) -> dict[str, torch.Size]:

@@ -138,6 +138,21 @@ def text(report: UpdateReport) -> str:
     return json.dumps(asdict(replace(report, gradient_norm=0.0, seconds={})), sort_keys=True)
 
 
+def one_rank_s_disk(ranks: Ranks, directory: Path) -> dict[str, Any]:
+    """What every rank hears when the last one cannot read, and whether they still understand each other then."""
+
+    def read() -> int:
+        if ranks.rank == ranks.size - 1:
+            (directory / "missing").read_bytes()
+        return ranks.rank
+
+    try:
+        refused = str(ranks.each(read))
+    except OSError as error:
+        refused = str(error)
+    return {"refused": refused, "then": ranks.each(lambda: ranks.rank)}
+
+
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     with joined(torch.device("cpu")) as ranks:
@@ -146,6 +161,7 @@ def main(directory: Path) -> None:
         found = {} if many else {name: result(case, ranks, own) for name, case in cases().items()}
         models = ranked_models.results(ranks, directory, shard=2 if many else None)
         results = {"pid": os.getpid(), "size": ranks.size, "cases": found, "models": models}
+        results["one rank's disk"] = one_rank_s_disk(ranks, directory)
         (directory / f"rank-{ranks.rank}.json").write_text(json.dumps(results))
 
 

@@ -181,6 +181,13 @@ def test_what_is_not_finite_on_one_rank_is_refused_on_every_rank_for_the_same_re
     assert refusals[0] == refusals[1]
 
 
+def test_one_rank_s_disk_stops_all_of_them_at_the_same_place(world: World) -> None:
+    _, results = world
+    for each in (result["one rank's disk"] for result in results):
+        assert "No such file or directory" in each["refused"]
+        assert each["then"] == list(range(len(results)))
+
+
 def test_torchrun_leaves_no_process_behind(world: World) -> None:
     assert {each["size"] for each in world[1]} == {len(world[1])}
     assert not any(psutil.pid_exists(each["pid"]) for each in world[1])
