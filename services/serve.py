@@ -10,6 +10,7 @@ import typer
 from sapo_learner.errors import ConfigError
 from services.runtime import lifecycle
 from services.runtime.logging import configure
+from services.runtime.processes import end_with_parent
 from services.runtime.settings import Environment, load_config
 
 # Plain: a terminal or none, the same words; and nothing boxes in or cuts short what a script reads.
@@ -84,6 +85,8 @@ def serve_learner(
       sapo serve learner --from 120
       torchrun --nproc-per-node 8 -m services.cli serve learner      one process for each GPU
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # without torchrun's agent nobody would end or restart this rank
+        end_with_parent()
     from services.learner.ranks import follow, follows
     from services.learner.service import serve
 

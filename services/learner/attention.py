@@ -3,6 +3,7 @@
 The page is memory-mapped, so writing it costs nothing and kill -9 loses nothing of it; only a power cut may.
 """
 
+import contextlib
 import json
 import mmap
 from collections.abc import Collection, Sequence
@@ -23,6 +24,12 @@ class _Place:
     doing: str = ""
     entries: tuple[str, ...] = ()
     deaths: int = 0
+
+
+def forget(path: Path) -> None:
+    """Clear a page that another process has open, if it is there: what it works on is not to blame."""
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+        file.write(bytes(PAGE_BYTES))
 
 
 class Attention:

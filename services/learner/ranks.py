@@ -6,7 +6,6 @@ All ranks run the same training session: the same steps of the same log, checkpo
 of. What only rank 0 can know, it tells the others (`sapo_learner.parallel.Ranks`).
 """
 
-import logging
 import os
 import signal
 import sys
@@ -22,9 +21,8 @@ from sapo_learner.parallel import SAID, Ranks, device_of_rank, joined, launched,
 from sapo_learner.policy import Policy
 from sapo_learner.sharding import check_shardable, checkpoint_activations, sharded
 from services.learner.session import TrainingSession
+from services.runtime.lifecycle import say_why
 from services.runtime.settings import RunConfig
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,22 @@ def _shape(orders: Orders) -> Policy:
 
 def follow() -> int:
     """A rank that is not the first, from start to exit; returns the exit code (sapo_learner.errors)."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 is told, too, and says when it is time
-        signal.signal(number, signal.SIG_IGN)
     device = device_of_rank()
+    _asked_to_stop(signal.SIG_DFL)  # nobody may ever join
     try:
         with joined(device) as ranks, together(ranks):
+            _asked_to_stop(signal.SIG_IGN)  # rank 0 is, too, and says when it is time
             _follow(ranks, device)
-    except SapoError as error:
-        if SAID not in getattr(error, "__notes__", ()):
-            log.error("%s", error)
-        return error.exit_code
+    except (SapoError, OSError, MemoryError) as error:
+        return say_why(error, aloud=SAID not in getattr(error, "__notes__", ()))
     finally:
         sys.stderr.flush()
     return 0
+
+
+def _asked_to_stop(answer: signal.Handlers) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, answer)
 
 
 def _follow(ranks: Ranks, device: torch.device) -> None:

@@ -32,7 +32,7 @@ from services.runstore import RunStore
 from services.runtime import api
 from services.runtime.client import ControlPlaneClient
 from services.runtime.http import probe_app, serving
-from services.runtime.lifecycle import Lifecycle
+from services.runtime.lifecycle import DRAIN_GRACE_SECONDS, Lifecycle
 from services.runtime.metrics import LearnerMetrics
 from services.runtime.settings import Environment, RunConfig, save_config
 
@@ -91,6 +91,13 @@ class _Service:
                     orders.set_exception(error)
                     await asyncio.wait([telling])
                 raise
+            finally:
+                if telling.done() and not telling.cancelled():
+                    telling.exception()  # of a rank that was gone before anybody asked
+                if dist.is_initialized():  # not left while the training thread speaks in it
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(DRAIN_GRACE_SECONDS):
+                            await asyncio.to_thread(self._thread.shutdown)
 
     async def _run(
         self, from_step: int | None, ranks: Ranks, orders: "Future[Orders]", telling: Awaitable[Orders]

@@ -31,7 +31,7 @@ from sapo_learner.resume import capture, environment_of, restore_from
 from sapo_learner.sharding import ShardedPolicy
 from sapo_learner.step_report import UpdateReport
 from sapo_learner.train import Position, StepReport, train
-from services.learner.attention import Attention
+from services.learner.attention import Attention, forget
 from services.learner.publisher import Snapshot, copy_weights
 from services.learner.reader import ArchiveLog
 from services.learner.shared_log import SharedLog
@@ -73,7 +73,8 @@ class TrainingSession:
         self._config, self._archive, self._token, self._ranks = config, archive, token, ranks
         self._directory = config.run.directory / "checkpoints"
         self._skips = ranks.decided(lambda: skips.read(self._own_archive.directory))
-        self._attention = Attention(config.run.directory / "learner.attention", self._skips) if ranks.first else None
+        self._page = config.run.directory / "learner.attention"
+        self._attention = Attention(self._page, self._skips) if ranks.first else None
         self._reference_directory = config.run.directory / reference.DIRECTORY
         self.wanted = ranks.decided(lambda: pinned(config.learner, config.run.directory))
         self.learner = Learner(
@@ -221,6 +222,8 @@ class TrainingSession:
             self._train(publish, report)
         except Unavailable:  # memory or disk were too small: no entry is to blame
             self._done()
+            if not self._ranks.first:  # whose page it is only sees that this rank is gone
+                forget(self._page)
             raise
         self._done()
         self.save()

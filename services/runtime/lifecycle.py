@@ -99,23 +99,24 @@ def run(serve: Callable[[Lifecycle], Awaitable[None]]) -> int:
     try:
         asyncio.run(main())
     except BaseException as error:
-        return _say_why(first_cause(error))
+        return say_why(first_cause(error))
     finally:
         sys.stderr.flush()
     return 0
 
 
-def _say_why(cause: BaseException) -> int:
-    """What the process died of, in one sentence if it is no fault of ours; its exit code."""
+def say_why(cause: BaseException, *, aloud: bool = True) -> int:
+    """What the process died of, in one sentence if it is no fault of ours; its exit code. aloud: else only that."""
     if isinstance(cause, OSError) and (full := as_unavailable(cause)):
         cause = full
+    level = logging.ERROR if aloud else logging.DEBUG
     if isinstance(cause, SapoError):
-        log.error("%s", cause)
+        log.log(level, "%s", cause)
         return cause.exit_code
     if isinstance(cause, MemoryError):
-        log.error("out of memory: %s (give this process more, or lower the run's sizes)", cause)
+        log.log(level, "out of memory: %s (give this process more, or lower the run's sizes)", cause)
         return Unavailable.exit_code
-    log.error("died of %s", cause, exc_info=cause)
+    log.log(level, "died of %s", cause, exc_info=cause)
     return 1
 
 

@@ -23,6 +23,18 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], Non
     return lambda: libc.prctl(set_death_signal, number)
 
 
+PARENT = "SAPO_PARENT_PID"
+"""Environment variable by which a parent that cannot give a preexec_fn names itself."""
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, or at once when that has happened meanwhile."""
+    if bind := die_with_parent(signal.SIGKILL):
+        bind()
+    if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 WATCH_SECONDS = 0.5  # where the kernel does not tell
 
 
