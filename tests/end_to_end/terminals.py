@@ -1,7 +1,8 @@
 """`sapo serve` in several terminals: processes started one by one, in an order that could not be worse.
 
-The workers first, then ingest and the learner, then the control plane, and Redis last of all. A third worker joins in
-mid-run, the first one leaves by SIGTERM; the others go on to the end.
+The workers first, then ingest and the learner, then the control plane, and Redis last of all. The learner is two ranks
+under torchrun, one of which is killed. A third worker joins in mid-run, the first one leaves by SIGTERM; the others go
+on to the end.
 """
 
 import json
@@ -19,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from services.runstore import EmbeddedRedis
 from tests.end_to_end.conftest import SETTINGS
 
 STEPS = 60
+TORCHRUN = [
+    "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "services.cli",
+]  # fmt: skip
 TOKEN = "the-terminals'-token"
 
 
@@ -62,6 +67,7 @@ class Terminals:
     leases_after_leaving: list[Any] = field(default_factory=list)  # of the worker that left
     left_at: int = 0  # step
     dies_of_sigpipe: list[str] = field(default_factory=list)
+    killed_at: int = 0  # step; one of the learner's ranks
     status: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
 
@@ -70,9 +76,10 @@ class Terminals:
         http = self.addresses[name]
         listen = ["--listen", http] if name == "control-plane" else ["--http-listen", http]
         log = self.directory.parent / f"{name}.log"
+        module = TORCHRUN if name == "learner" else ["services.cli"]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", "serve", service, *options, *listen],
+                [sys.executable, "-m", *module, "serve", service, *options, *listen],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | self.environment,
             )  # fmt: skip
         self.open[name] = Terminal(name, process, http, log)
@@ -96,7 +103,7 @@ class Terminals:
             try:
                 if found := condition():
                     return found
-            except (httpx.TransportError, KeyError, TypeError, FileNotFoundError):
+            except (httpx.TransportError, psutil.Error, KeyError, TypeError, FileNotFoundError):
                 pass
             time.sleep(0.05)
         logs = "\n".join(f"--- {each.name}\n{each.said[-2000:]}" for each in self.open.values())
@@ -132,7 +139,7 @@ def opened(root: Path, cache: Path) -> Iterator[Terminals]:
     finally:
         for each in terminals.open.values():
             if each.process.poll() is None:
-                each.process.kill()
+                each.process.kill()  # torchrun's ranks end with it
                 each.process.wait()
         redis.stop()
         for holder in holders:
@@ -146,6 +153,7 @@ def run(terminals: Terminals) -> None:
     _start_in_the_worst_order(terminals, [f"--set={key}={value}" for key, value in settings.items()])
     terminals.wait("third step", lambda: terminals.ask("/v1/status")["learner"]["step"] >= 3)
     _join_and_leave(terminals)
+    _lose_a_rank(terminals)
     terminals.wait("end", lambda: terminals.ask("/v1/status")["state"] == "finished", seconds=120)
     terminals.exit_codes["learner"] = terminals.open["learner"].process.wait(timeout=30)
     terminals.status = terminals.sapo("status", terminals.environment["SAPO_CONTROL_PLANE_URL"], "--json")
@@ -184,6 +192,20 @@ def _join_and_leave(terminals: Terminals) -> None:
     terminals.leases_after_leaving = [
         each for each in terminals.ask("/v1/status")["slowest_draws"] if each["worker"] == "rollout-0"
     ]
+
+
+def _lose_a_rank(terminals: Terminals) -> None:
+    """kill -9 of rank 1, once there is a checkpoint; the agent starts both again."""
+    terminals.wait("checkpoint", lambda: any((terminals.directory / "checkpoints").glob("step-*[1-9]-*")))
+    (victim,) = _ranks(terminals, "1")
+    terminals.killed_at = int(terminals.ask("/v1/status")["learner"]["step"])
+    victim.kill()
+    terminals.wait("rank in its place", lambda: [each for each in _ranks(terminals, "1") if each != victim])
+
+
+def _ranks(terminals: Terminals, number: str) -> list[psutil.Process]:
+    agent = psutil.Process(terminals.open["learner"].process.pid)
+    return [each for each in agent.children() if each.is_running() and each.environ().get("RANK") == number]
 
 
 def ignores_sigpipe(pid: int) -> bool:

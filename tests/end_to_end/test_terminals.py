@@ -1,5 +1,6 @@
 """Every process on its own: any start order, a worker that joins, a worker that leaves, and the same result."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -66,6 +67,13 @@ def test_a_worker_that_is_sent_sigterm_leaves_nothing_behind(terminals: Terminal
 
 def test_no_service_dies_of_a_peer_that_hangs_up(terminals: Terminals) -> None:
     assert terminals.dies_of_sigpipe == []
+
+
+def test_torchrun_starts_all_ranks_again_when_one_is_killed(terminals: Terminals) -> None:
+    said = terminals.open["learner"].said
+    assert 0 < terminals.killed_at < STEPS
+    assert len(re.findall(r"resumed step-0*[1-9]", said)) == 1
+    assert "Traceback" not in said
 
 
 def test_every_process_ends_with_0(terminals: Terminals) -> None:
