@@ -23,7 +23,7 @@ from sapo_learner.diagnostics import advice
 from sapo_learner.errors import Corrupt, NotFound, Unavailable
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
-from sapo_learner.parallel import ALONE, Ranks
+from sapo_learner.parallel import ALONE, SAID, Ranks
 from sapo_learner.pins import pinned
 from sapo_learner.policy import Policy
 from sapo_learner.probe import draw_sequence, measure, measure_sharded
@@ -191,7 +191,10 @@ class TrainingSession:
                 said = True
                 self.log.waiting_for = f"room on the disk for the {name}"
                 if ranks.decided(partial(self.log.pause, RETRY_SECONDS)):
-                    raise self._not_saved(name, error) from None
+                    refusal = self._not_saved(name, error)
+                    if not ranks.first:
+                        refusal.add_note(SAID)
+                    raise refusal from None
             else:
                 if said and ranks.first:
                     log.info("%s is saved; training goes on", name)

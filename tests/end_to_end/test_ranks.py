@@ -49,6 +49,7 @@ class Attacked(Stack):
     steps_at_full_disk: tuple[int, int] = (-1, -1)  # two looks, while the learner says that it waits
     learners_at_full_disk: set[int] = field(default_factory=set)  # process ids, before and after
     said_at_memory: str = ""
+    page_at_memory: bytes = b"not looked at"  # what the learner worked on, as it lies there between two learners
 
     @property
     def log(self) -> str:
@@ -132,6 +133,7 @@ def take_memory(run: Attacked, process: "subprocess.Popen[str]", wish: Path) -> 
     before = len(run.log)
     wish.touch()
     wait_until(lambda: "died (exit code 8)" in run.log[before:], seconds=60, what="its end", process=process)
+    run.page_at_memory = (run.directory / "learner.attention").read_bytes()
     wish.unlink()
     run.said_at_memory = run.log[before:]
     goes_on(run, process, "a rank was out of memory")
@@ -155,12 +157,13 @@ def test_a_rank_out_of_memory_names_the_setting_and_others_do_not_bury_it(run: A
     assert "lower training.microbatch_tokens" in cause
     assert len(errors) <= 3, "its own, rank 0's that it is gone, the launcher's"
     assert "Traceback" not in run.said_at_memory
-    assert not (run.directory / "learner.attention").read_bytes().strip(b"\0"), "no entry is to blame"
+    assert not run.page_at_memory.strip(b"\0"), "no entry is to blame"
 
 
 def test_the_log_says_which_rank_died_of_what(run: Attacked) -> None:
     deaths = re.findall(r"launcher ERROR rank (\d) of 2 died \((\w+)", run.log)
     assert deaths == [("1", "exit"), ("1", "SIGKILL"), ("0", "SIGKILL")]
+    assert "rank 1 ERROR rank 1 of 2: another rank" not in run.log, "the first rank and the launcher say it"
     assert re.findall(r"sapo: learner died \(([\w ]+)", run.outputs[0]) == ["exit code 8", *3 * ["SIGKILL"]]
 
 
@@ -173,6 +176,7 @@ def test_every_restart_goes_on_from_the_newest_checkpoint(run: Attacked) -> None
 
 def test_no_process_is_left_behind(run: Attacked) -> None:
     assert run.left_over == [[], []]
+    assert list((run.directory / "checkpoints").glob(".tmp-*")) == []
 
 
 def test_ctrl_c_saves_and_ends_in_time(run: Attacked) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sapo_learner.errors import Corrupt
-from services.learner.attention import DEATHS, PAGE_BYTES, Attention
+from services.learner.attention import DEATHS, PAGE_BYTES, Attention, forget
 
 VICTIM = """
 import os, signal, sys
@@ -76,3 +76,13 @@ def test_a_page_that_makes_no_sense_accuses_nobody(page: Path, content: bytes) -
     page.parent.mkdir()
     page.write_bytes(content)
     Attention(page)
+
+
+def test_another_rank_clears_the_page_that_one_has_open(tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    forget(page)  # there is none on this machine
+    assert not page.exists()
+    Attention(page)("training on", ["1-7"])
+    forget(page)
+    for _ in range(DEATHS + 1):
+        Attention(page)

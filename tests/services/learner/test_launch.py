@@ -71,6 +71,20 @@ def test_ranks_end_with_a_launcher_that_is_killed() -> None:
         process.communicate()
 
 
+@pytest.mark.timeout(120)
+def test_the_launcher_dies_of_the_signal_that_a_rank_died_of() -> None:
+    process = launcher(
+        SAPO_CONTROL_PLANE_URL="http://127.0.0.1:9", SAPO_REDIS_URL="redis://127.0.0.1:9", SAPO_TOKEN="t"
+    )
+    try:
+        until_two(psutil.Process(process.pid))[1].kill()
+        output, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert "of 2 died (SIGKILL, which the kernel sends when memory runs out)" in output
+
+
 def until_two(launcher: psutil.Process) -> list[psutil.Process]:
     deadline = time.monotonic() + 60
     while len(ranks := launcher.children()) < 2:
