@@ -10,6 +10,8 @@ What is said between ranks goes as CPU tensors, over gloo, also beside NCCL.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from sapo_learner.errors import SapoError, Unavailable
 
@@ -30,6 +33,7 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another that is alive and says nothing; one that died is noticed at once."""
 TICK_SECONDS = 5.0
+JOIN_SECONDS = 0.1  # between two looks whether all have come
 SAID = "said by rank 0"
 """Note on an error that rank 0 raises, too, so that nobody says it twice."""
 
@@ -166,7 +170,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launched():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        shared, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        own = dist.PrefixStore(_attempt(shared, rank, size), shared)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=TIMEOUT, store=own, rank=rank, world_size=size)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
@@ -174,6 +180,27 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         yield Ranks.of_process_group()
     finally:
         dist.destroy_process_group()
+
+
+def _attempt(store: Any, rank: int, size: int) -> str:
+    """A name for this start of the ranks, the same on all of them and never used before. store: a c10d Store.
+
+    torchrun's store outlives the ranks that it starts again, and in it they would find each other's old addresses, and
+    wait there for ever. So rank 0 makes up a name, the others sign it, each with one of its own, and believe in it once
+    rank 0 has seen their signature.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", mine)
+        signed = [store.get(f"{mine}/{other}").decode() for other in range(1, size)]
+        store.set(f"{mine}/signed", " ".join(signed))
+        return mine
+    while True:
+        name = str(store.get("attempt").decode())
+        store.set(f"{name}/{rank}", mine)
+        if store.check([f"{name}/signed"]) and mine in store.get(f"{name}/signed").decode().split():
+            return name
+        time.sleep(JOIN_SECONDS)
 
 
 _LOST = ("gloo/transport", "Connection closed by peer", "NCCL", "Connection reset by peer", "Broken pipe")
