@@ -8,11 +8,11 @@ and says why; so does one of whose tokens none counts.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +22,16 @@ from sapo_learner.aggregation import StepCounts, token_weights
 from sapo_learner.batching import Microbatch, TrainingBatch, idle_microbatch
 from sapo_learner.config import LearnerSettings, OptimizerSettings
 from sapo_learner.filters import build_all, combine
+from sapo_learner.flops import ModelFlops, peak_flops
 from sapo_learner.hidden_states import use_packing
 from sapo_learner.memory import enough_memory
 from sapo_learner.objectives import Objective, Tokens, build, concatenated
 from sapo_learner.packed_logprobs import PackedLogprobs
 from sapo_learner.packing import Packing
 from sapo_learner.parallel import ALONE, Ranks
+from sapo_learner.phases import Phases
 from sapo_learner.policy import Policy
-from sapo_learner.sharding import ShardedPolicy, root_of, whole
+from sapo_learner.sharding import ShardedPolicy, compute_dtype, root_of, whole
 from sapo_learner.step_report import StepFigures, UpdateReport
 
 
@@ -58,6 +60,8 @@ class Learner:
         if not isinstance(policy, ShardedPolicy):
             use_packing(policy)
         self._root = root_of(policy)
+        self.phases = Phases(self._device)
+        self._flops = ModelFlops.of(policy)
         self.optimizer = torch.optim.AdamW(each for each in policy.model.parameters() if each.requires_grad)
         self.change_settings(settings)
 
@@ -77,23 +81,39 @@ class Learner:
 
     def step(self, batch: TrainingBatch, before: Callable[[Sequence[int]], None] = lambda _: None) -> UpdateReport:
         """Apply one update; counts as a step whatever becomes of it. before: told each microbatch's groups."""
-        started = time.perf_counter()
         rate = learning_rate(self.settings.optimizer, self.step_count, self.settings.training.steps)
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.phases("optimizer"):
+            self.optimizer.zero_grad(set_to_none=True)
         figures = self._backward(batch, before) if batch.microbatches else StepFigures()
-        backward_done = time.perf_counter()
-        # Adam's moments and the weight decay would move the weights without a gradient, too.
-        norm, refusal = self._apply(rate, figures.loss) if figures.learns else (0.0, "")
+        with self.phases("optimizer"):
+            # Adam's moments and the weight decay would move the weights without a gradient, too.
+            norm, refusal = self._apply(rate, figures.loss) if figures.learns else (0.0, "")
         self.step_count += 1
-        return figures.report(
-            step=self.step_count,
-            applied=figures.learns and not refusal,
-            refusal=refusal,
-            learning_rate=rate,
-            gradient_norm=norm,
-            sequences=sum(len(microbatch.lengths) for microbatch in batch.microbatches),
-            seconds={"backward": backward_done - started, "optimizer": time.perf_counter() - backward_done},
-        )
+        with self.phases("loss"):
+            report = figures.report(
+                {},
+                step=self.step_count,
+                applied=figures.learns and not refusal,
+                refusal=refusal,
+                learning_rate=rate,
+                gradient_norm=norm,
+                sequences=sum(len(microbatch.lengths) for microbatch in batch.microbatches),
+            )
+        return replace(report, **self._costs(batch.microbatches))
+
+    def _costs(self, microbatches: Sequence[Microbatch]) -> dict[str, Any]:
+        """What the step has cost; called on all ranks."""
+        costs = self.phases.taken()
+        slowest = self.ranks.largest(costs.update_seconds)
+        speed = self._flops.of_step(microbatches) / slowest if self._flops and microbatches and slowest else None
+        peak = peak_flops(self._device, compute_dtype(self.policy))
+        return {
+            "seconds": costs.seconds,
+            "memory_bytes": costs.memory_bytes,
+            "slowest_rank_seconds": slowest,
+            "flops_per_second": speed,
+            "mfu": speed / (peak * self.ranks.size) if speed and peak else None,
+        }
 
     def tokens(self, microbatch: Microbatch) -> Tokens:
         """What the objective sees of a microbatch: current log-probs with gradient, and the recorded facts."""
@@ -137,18 +157,23 @@ class Learner:
                 if each.index is None:
                     self._take_part(each.microbatch)
                     continue
-                tokens = replace(self.tokens(each.microbatch), proximal_logprobs=proximal_logprobs.get(each.index))
-                self._accumulate(each.index, each.microbatch, tokens, objective, batch.counts, figures)
-        figures.complete(self.ranks)
+                with self.phases("forward"):
+                    tokens = replace(self.tokens(each.microbatch), proximal_logprobs=proximal_logprobs.get(each.index))
+                with self.phases("loss"):
+                    self._accumulate(each.index, each.microbatch, tokens, objective, batch.counts, figures)
+        with self.phases("loss"):
+            figures.complete(self.ranks)
         return figures
 
     def _take_part(self, microbatch: Microbatch) -> None:
         """In the exchanges that other ranks' microbatches need, adding nothing to the gradient."""
-        logprobs, _, _ = self._forward(self._root, microbatch)
+        with self.phases("forward"):
+            logprobs, _, _ = self._forward(self._root, microbatch)
         if self.settings.reference.kl_coefficient:
-            with torch.no_grad():
+            with self.phases("forward"), torch.no_grad():
                 self._forward(root_of(self.held_reference()), microbatch)
-        (0.0 * logprobs.sum()).backward()  # type: ignore[no-untyped-call]
+        with self.phases("backward"):
+            (0.0 * logprobs.sum()).backward()  # type: ignore[no-untyped-call]
 
     def _looked_ahead(
         self, microbatches: Sequence[Microbatch], passes: Sequence["_Pass"], before: Callable[[Sequence[int]], None]
@@ -161,13 +186,14 @@ class Learner:
         found = {}
         for each in passes:
             before(each.groups)
-            with torch.no_grad(), self._enough_memory(each.microbatch):
+            with self.phases("forward"), torch.no_grad(), self._enough_memory(each.microbatch):
                 logprobs, entropy, _ = self._forward(self._root, each.microbatch)
             if each.index is not None:
                 found[each.index] = {"logprobs": logprobs, "entropy": entropy}
         objective = self.objective
         if objective.needs_step:
-            objective = objective.prepare(self._whole_step(microbatches, found, recompute=recompute))
+            with self.phases("loss"):
+                objective = objective.prepare(self._whole_step(microbatches, found, recompute=recompute))
         return objective, {index: each["logprobs"] for index, each in found.items()} if recompute else {}
 
     def _whole_step(
@@ -217,11 +243,12 @@ class Learner:
         loss = weights * per_token
         figures.add(index, tokens, surrogate, own, weights, loss)
         loss.sum().backward()  # type: ignore[no-untyped-call]
-        logprobs.backward(tokens.logprobs.grad)  # type: ignore[no-untyped-call]
+        with self.phases("backward"):
+            logprobs.backward(tokens.logprobs.grad)  # type: ignore[no-untyped-call]
 
     def _reference_kl(self, microbatch: Microbatch, tokens: Tokens) -> Tensor:
         """[T], with gradient."""
-        with torch.no_grad():
+        with self.phases("forward"), torch.no_grad():
             logprobs, _, _ = self._forward(root_of(self.held_reference()), microbatch)
         return reference.k3(tokens, logprobs)
 

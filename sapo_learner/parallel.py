@@ -86,6 +86,14 @@ class Ranks:
         dist.all_reduce(whole.view(torch.int64))  # one rank's bits and zeros; as floats -0.0 would become 0.0
         return found
 
+    def largest(self, value: float) -> float:
+        """Of what every rank has."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
+
     def said(self, value: T) -> list[T]:
         """What every rank said, by rank."""
         if self.size == 1:

@@ -179,6 +179,13 @@ def root_of(policy: Policy) -> PackedLogprobs:
     return policy.root if isinstance(policy, ShardedPolicy) else PackedLogprobs(policy)
 
 
+def compute_dtype(policy: Policy) -> torch.dtype:
+    """What a forward and backward pass computes in."""
+    if isinstance(policy, ShardedPolicy) and policy.settings.precision == "bfloat16":
+        return torch.bfloat16
+    return policy.head_weight.dtype
+
+
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool = True) -> Mapping[str, Tensor]:
     """Whole tensors as copies on the CPU, put together one at a time; called on all ranks. keep: if not, none."""
     found = {}

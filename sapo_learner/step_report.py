@@ -39,7 +39,12 @@ class UpdateReport:
     policy_age_mean: float  # optimizer steps
     policy_age_max: int
     diagnostics: Mapping[str, Mapping[str, float]]  # name -> group of tokens -> figure, see sapo_learner.diagnostics
-    seconds: Mapping[str, float]  # phase -> wall seconds
+    # What it cost, which is known when everything else is.
+    seconds: Mapping[str, float] = field(default_factory=dict)  # phase -> wall seconds, see sapo_learner.phases
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)  # phase -> the most that was held, see there
+    slowest_rank_seconds: float = 0.0  # of the update, on the rank that took longest
+    flops_per_second: float | None = None  # model FLOPs of all ranks; None: nothing computed, or not known
+    mfu: float | None = None  # model FLOPs utilisation, in [0, 1]; None where the hardware's peak is not known
 
 
 @dataclass
@@ -87,8 +92,8 @@ class StepFigures:
         """Of the whole step; 0 where no token counts."""
         return float(self._column("loss").sum()) if self.learns else 0.0
 
-    def report(self, **facts: Any) -> UpdateReport:
-        """facts: the fields of UpdateReport that do not follow from tokens."""
+    def report(self, more: diagnostics.Groups, **facts: Any) -> UpdateReport:
+        """more: diagnostics besides those of tokens. facts: the fields of UpdateReport that do not follow from them."""
         age, log_ratio = self._column("age"), self._column("log_ratio")
         return UpdateReport(
             loss=self.loss,
@@ -98,7 +103,7 @@ class StepFigures:
             log_ratio_std=math.sqrt(max(0.0, _mean(log_ratio**2) - _mean(log_ratio) ** 2)),
             policy_age_mean=_mean(age),
             policy_age_max=int(age.max(initial=0)),
-            diagnostics=self._own_diagnostics() | self._of_every_objective(),
+            diagnostics=self._own_diagnostics() | self._of_every_objective() | more,
             **facts,
         )
 

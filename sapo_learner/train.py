@@ -85,22 +85,28 @@ def train(
     A `config` entry is no group: it changes the learner's settings from the step on whose groups follow or surround it.
     skips: ids of entries that are left out; they count towards their step.
     """
+    phases = learner.phases
+    phases.taken()  # what was before is no step's
     while True:
-        _obey(learner, position, log.controls(position.cursor))
+        with phases("read"):
+            _obey(learner, position, log.controls(position.cursor))
         settings = learner.settings
         if learner.step_count >= settings.training.steps and not _prolonged(learner, log, position):
             return
-        entries = _take(log, position.cursor, settings.training.groups_per_step)
+        with phases("read"):
+            entries = _take(log, position.cursor, settings.training.groups_per_step)
         if entries is None:
             return
         settings = _obey(learner, position, [entry for entry in entries if entry.kind != GROUP])
         entries = [entry for entry in entries if entry.kind == GROUP]
         oldest_step = learner.step_count - settings.training.max_policy_age
         skipped = [entry for entry in entries if entry.id in skips]
-        read = _read([entry for entry in entries if entry.id not in skips], decode, oldest_step, attend)
+        with phases("decode"):
+            read = _read([entry for entry in entries if entry.id not in skips], decode, oldest_step, attend)
         groups, ids, stale, invalid = read
-        advantages = step_advantages(groups, settings.advantages)
-        batch = _collate(groups, advantages, settings, learner)
+        with phases("collate"):
+            advantages = step_advantages(groups, settings.advantages)
+            batch = _collate(groups, advantages, settings, learner)
         update = learner.step(batch, _announcing(attend, ids))
         outcomes = _outcomes(batch, update)
         outcomes.update({Outcome.stale: stale, Outcome.invalid: len(invalid), Outcome.skipped: len(skipped)})

@@ -1,7 +1,8 @@
 """What a finished run amounts to: summary.json and the closing report, from the run's record."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from services.control_plane.record import read
 from services.control_plane.unscored import said
 
 Interval = tuple[float, float]
+_OTHER, _BESIDE = "other", ("archive", "publish")  # as in sapo_learner.phases, which needs torch
+_PHASES = {
+    "read": "waiting for groups", "decode": "decoding", "collate": "packing", "checkpoint": "checkpoints",
+    "snapshot": "snapshots",
+}  # fmt: skip
 
 
 @dataclass
@@ -77,6 +83,7 @@ def summarise(directory: Path, *, seed: int, ledger_balanced: bool) -> dict[str,
         "policy_age_max": max((step["policy_age_max"] for step in steps), default=None),
         "stale": sum(step["outcomes"].get("stale", 0) for step in steps),
         "mixed_version_responses": sum(step["mixed_version_responses"] for step in steps),
+        "learner_time": learner_time(steps),
         "sampling_overlap": overlap([(step["started"], step["ended"]) for step in steps], run.busy),
         "ledger_balanced": ledger_balanced,
         "engine_logprob_max_abs_diff": max((probe["max_abs_diff"] for probe in run.probes), default=None),
@@ -102,6 +109,16 @@ def overlap(spans: Sequence[Interval], busy: Iterable[Interval]) -> float | None
     merged = _merge(busy)
     shared = sum(max(0.0, min(end, b_end) - max(start, b_start)) for start, end in spans for b_start, b_end in merged)
     return shared / total
+
+
+def learner_time(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of each phase in the learner's wall time, the largest first; {} for the records of older runs."""
+    spent: Counter[str] = Counter()
+    for step in steps:
+        if _OTHER in (seconds := step.get("seconds", {})):
+            spent.update({phase: each for phase, each in seconds.items() if phase not in _BESIDE})
+    total = sum(spent.values())
+    return {phase: each / total for phase, each in spent.most_common()} if total else {}
 
 
 def _merge(intervals: Iterable[Interval]) -> list[Interval]:
@@ -166,6 +183,9 @@ def print_report(console: Console, summary: dict[str, Any], path: Path) -> None:
         )
     if unscored := summary.get("unscored"):
         say(f"[yellow]{escape(said(unscored))}[/yellow]")
+    if shares := summary.get("learner_time"):
+        named = [f"{100 * each:.0f} % {_PHASES.get(phase, phase)}" for phase, each in shares.items() if each >= 0.005]
+        say(f"learner: {', '.join(named)}")
     balance = "balances" if summary["ledger_balanced"] else "DOES NOT BALANCE"
     say(f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; ledger {balance}; {escape(str(path))}")
 

@@ -59,6 +59,8 @@ class Publisher:
         self._idle.set()
         self._full = False  # staging's disk, and that it has been said
         self.published_step = -1
+        self.publish_seconds = 0.0
+        """That the last publication took, from the snapshot to its version."""
 
     def write_model_directory(self, directory: Path) -> Path:
         """Configuration and tokenizer as a model directory without weights."""
@@ -112,7 +114,8 @@ class Publisher:
             response = await self._control.publish(request)
         self._empty_staging()
         self.published_step = snapshot.step
-        self._metrics.publish_seconds.observe(time.monotonic() - started)
+        self.publish_seconds = time.monotonic() - started
+        self._metrics.publish_seconds.observe(self.publish_seconds)
         return manifest.model_copy(update={"version": response.version})
 
     async def _write(self, snapshot: Snapshot) -> Manifest | None:

@@ -40,6 +40,8 @@ class Reader:
         self._patience, self._waiting = patience, waiting
         self._said = False  # that the disk is full
         self._trimmed = -1  # up to which sequence Redis was trimmed by us
+        self.archive_seconds = 0.0
+        """Spent on writing to the archive, so far."""
 
     async def mend(self) -> None:
         """Rebuild the log in Redis if it does not go on from the archive."""
@@ -91,7 +93,9 @@ class Reader:
             return
         try:
             for part in _frames(entries):
+                started = time.monotonic()
                 await asyncio.to_thread(self._archive.append, part)
+                self.archive_seconds += time.monotonic() - started
             self._said = False
         except Corrupt:
             if await self._store.needs_rebuild(self._archive.head) is None:

@@ -159,12 +159,15 @@ class _Service:
         await reader.count_controls()
 
     async def _train(self, reader: Reader, publisher: Publisher) -> None:
-        loop, session = asyncio.get_running_loop(), self._session
+        loop, session, archived = asyncio.get_running_loop(), self._session, reader.archive_seconds
 
         def publish(snapshot: Snapshot) -> None:
             loop.call_soon_threadsafe(publisher.submit, snapshot)
 
         def report(news: StepNews) -> None:
+            nonlocal archived
+            before, archived = archived, reader.archive_seconds
+            news.record["seconds"] |= {"archive": archived - before, "publish": publisher.publish_seconds}
             loop.call_soon_threadsafe(self._news.put_nowait, news)
 
         async with asyncio.TaskGroup() as tasks:

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sapo_learner import checkpoint, proximal, reference, skips
 from sapo_learner.advantages import absent_components, component_names
 from sapo_learner.archive import Archive
@@ -35,6 +33,7 @@ from services.learner.attention import Attention, forget
 from services.learner.publisher import Snapshot, copy_weights
 from services.learner.reader import ArchiveLog
 from services.learner.shared_log import SharedLog
+from services.learner.step_record import step_record
 from services.runtime.settings import RunConfig
 from services.wire import decode
 
@@ -257,7 +256,7 @@ class TrainingSession:
             log.warning(inert)
         started, waited = time.time(), 0.0
         shared = SharedLog(self.log, self._ranks) if self._ranks.size > 1 else self.log
-        attend = self._attention or (lambda *_: None)
+        attend, phases = self._attention or (lambda *_: None), self.learner.phases
         for step in train(self.learner, shared, self.position, decode=decode, skips=self._skips, attend=attend):
             self._done()
             ended, number = time.time(), step.update.step
@@ -265,14 +264,18 @@ class TrainingSession:
             if first:
                 self._say(step)
             if number % config.checkpoint.every == 0 or number == last:
-                self.save()
+                with phases("checkpoint"):
+                    self.save()
             if number % config.pacing.publish_every == 0 or number == last:
-                snapshot = self.snapshot()
+                with phases("snapshot"):
+                    snapshot = self.snapshot()
                 if first:
                     publish(snapshot)
+            after = phases.taken()
             if first:
                 waiting = self.log.waited_seconds - waited
-                report(StepNews(step_record(step, started + waiting, ended, waiting), step, self._note_progress()))
+                line = step_record(step, started + waiting, ended, waiting, after)
+                report(StepNews(line, step, self._note_progress()))
                 started, waited = time.time(), self.log.waited_seconds
 
     def _say(self, step: StepReport) -> None:
@@ -287,45 +290,3 @@ class TrainingSession:
             log.error("step %d refused: %s", number, step.update.refusal)
         elif step.update.tokens and not step.update.applied:
             log.warning("step %d: the filters dropped every token, so the policy stays as it is", number)
-
-
-def step_record(step: StepReport, started: float, ended: float, waited: float) -> dict[str, Any]:
-    """The step's line in the run's record; times are Unix seconds, from the step's first entry to its update."""
-    update = step.update
-    responses = [response for group in step.groups for response in group.trajectories]
-    names = sorted({name for response in responses for name in response.rewards})
-    return {
-        "kind": "step",
-        "step": update.step,
-        "started": started,
-        "ended": ended,
-        "waited_seconds": waited,
-        "outcomes": dict(step.outcomes),
-        "cursor": step.cursor,
-        "reward": step.reward,
-        "rewards": {name: _mean([each.rewards[name] for each in responses if name in each.rewards]) for name in names},
-        "response_tokens": float(np.mean([len(response.token_ids) for response in responses])) if responses else 0.0,
-        "stopped": float(np.mean([response.finish_reason == "stop" for response in responses])) if responses else 0.0,
-        "mixed_version_responses": sum(len(response.spans) > 1 for response in responses),
-        "applied": update.applied,
-        "refusal": update.refusal,
-        "learning_rate": update.learning_rate,
-        "loss": update.loss,
-        "gradient_norm": update.gradient_norm,
-        "tokens": update.tokens,
-        "sequences": update.sequences,
-        "entropy": update.entropy,
-        "log_ratio_std": update.log_ratio_std,
-        "clamped_fraction": update.clamped_fraction,
-        "policy_age_mean": update.policy_age_mean,
-        "policy_age_max": update.policy_age_max,
-        "diagnostics": {
-            name: {group: float(f"{value:.6g}") for group, value in values.items()}
-            for name, values in update.diagnostics.items()
-        },
-        "seconds": dict(update.seconds),
-    }
-
-
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values))

@@ -4,6 +4,7 @@ A process builds the one class that is its own; a metric observes reports and ne
 the data.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,8 +28,8 @@ class _Metrics:
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, registry=self.registry, buckets=buckets)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
+        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
 
 class ControlPlaneMetrics(_Metrics):
@@ -112,6 +113,18 @@ class LearnerMetrics(_Metrics):
         self.reward = self._gauge("sapo_learner_reward", "Mean reward of the last step's responses")
         self.age = self._histogram("sapo_learner_policy_age_steps", "Mean policy age of a step's tokens", _AGES)
         self.step_seconds = self._histogram("sapo_learner_step_seconds", "Time of one optimizer step", _STEP_SECONDS)
+        self.phase_seconds = self._histogram(
+            "sapo_learner_phase_seconds", "Time of each phase of a step", _STEP_SECONDS, ("phase",)
+        )
+        self.phase_memory = self._gauge(
+            "sapo_learner_phase_memory_bytes",
+            "Most memory in each phase of the last step: allocated on the GPU, or resident",
+            ("phase",),
+        )
+        self.flops = self._gauge(
+            "sapo_learner_flops_per_second", "Model FLOPs of the last step, of all ranks; NaN: not known"
+        )
+        self.mfu = self._gauge("sapo_learner_mfu", "Share of the hardware's peak that these are; NaN: not known")
         self.waiting = self._counter("sapo_learner_waiting_seconds", "Time without enough groups for a step")
         self.gradient_norm = self._gauge("sapo_learner_gradient_norm", "Global gradient norm before clipping")
         self.entropy = self._gauge("sapo_learner_entropy_nats", "Mean entropy per token of the current policy")
@@ -140,9 +153,19 @@ class LearnerMetrics(_Metrics):
         self.age.observe(record["policy_age_mean"])
         self.step_seconds.observe(record["ended"] - record["started"])
         self.waiting.inc(record["waited_seconds"])
+        for phase, seconds in record["seconds"].items():
+            self.phase_seconds.labels(phase).observe(seconds)
+        for phase, held in record["memory_bytes"].items():
+            self.phase_memory.labels(phase).set(held)
+        self.flops.set(_known(record["flops_per_second"]))
+        self.mfu.set(_known(record.get("mfu")))
         self.gradient_norm.set(record["gradient_norm"])
         self.entropy.set(record["entropy"])
         self.log_ratio_std.set(record["log_ratio_std"])
         for name, groups in record["diagnostics"].items():
             for group, value in groups.items():
                 self.diagnostics.labels(name, group).set(value)
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -53,6 +53,13 @@ def test_I1_the_ledger_balances_when_stopped_and_while_it_runs(stack: Stack) -> 
     assert stack.summary["ledger_balanced"]
 
 
+def test_every_step_s_line_names_every_phase_and_the_report_says_where_the_time_went(stack: Stack) -> None:
+    phases = {"read", "archive", "decode", "collate", "optimizer", "snapshot", "publish"}
+    assert all(phases <= set(line["seconds"]) for line in stack.lines("step"))
+    assert {"forward", "loss", "backward", "checkpoint"} <= set(stack.summary["learner_time"])
+    assert "\nlearner: " in stack.outputs[1]
+
+
 def test_changed_settings_are_an_entry_of_the_log_and_count_from_there(stack: Stack) -> None:
     (change,) = [entry for entry in Archive(stack.directory / "archive", None).entries() if entry.kind != GROUP]
     assert decode_settings(change).optimizer.learning_rate == 8e-5

@@ -134,8 +134,9 @@ def result(case: Case, ranks: Ranks, directory: Path) -> dict[str, Any]:
 
 
 def text(report: UpdateReport) -> str:
-    """To the last bit, but for the gradient's norm, which is summed in another order, and the seconds."""
-    return json.dumps(asdict(replace(report, gradient_norm=0.0, seconds={})), sort_keys=True)
+    """To the last bit, but for the gradient's norm, which is summed in another order, and what the step cost."""
+    costs = {"seconds": {}, "memory_bytes": {}, "slowest_rank_seconds": 0.0, "flops_per_second": None, "mfu": None}
+    return json.dumps(asdict(replace(report, gradient_norm=0.0, **costs)), sort_keys=True)
 
 
 def one_rank_s_disk(ranks: Ranks, directory: Path) -> dict[str, Any]:

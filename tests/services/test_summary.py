@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import services.summary
+from sapo_learner import phases
 from services import terminal
 from services.summary import overlap, print_report, summarise
 
@@ -133,3 +135,31 @@ def test_several_tasks_are_reported_each_and_a_suite_that_came_later_without_its
     print_report(Console(file=output, width=200), summary, directory / "summary.json")
     assert "  words: 30.0 ± 2.0 % -> 90.0 ± 2.0 %" in output.getvalue()
     assert "  aime25: not measured -> 12.5 ± 2.0 %" in output.getvalue()
+
+
+def test_it_says_where_the_learner_s_time_went(directory: Path) -> None:
+    costs = [
+        {"seconds": {"backward": 5.0, "optimizer": 9.0}},  # of an older version, which did not measure the rest
+        {"seconds": {"backward": 3.0, "read": 2.0, "other": 1.0, "publish": 50.0, "archive": 40.0}},
+        {"seconds": {"backward": 3.0, "read": 0.96, "collate": 0.04, "other": 0.0}},
+    ]
+    lines = [step(number, **cost) for number, cost in enumerate(costs)]
+    (directory / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = summarise(directory, seed=0, ledger_balanced=True)
+    assert summary["learner_time"] == pytest.approx({"backward": 0.6, "read": 0.296, "other": 0.1, "collate": 0.004})
+    output = io.StringIO()
+    print_report(Console(file=output, width=200), summary, directory / "summary.json")
+    assert "learner: 60 % backward, 30 % waiting for groups, 10 % other\n" in output.getvalue()
+
+
+def test_a_record_of_an_older_version_says_nothing_of_the_learner_s_time(directory: Path) -> None:
+    summary = summarise(directory, seed=0, ledger_balanced=True)
+    output = io.StringIO()
+    print_report(Console(file=output), summary, directory / "summary.json")
+    assert summary["learner_time"] == {}
+    assert "learner:" not in output.getvalue()
+
+
+def test_what_happens_beside_the_steps_is_named_as_the_learner_names_it() -> None:
+    assert services.summary._OTHER == phases.OTHER
+    assert services.summary._BESIDE == phases.BESIDE

@@ -1,8 +1,11 @@
 """Where a learner starts from, what it saves, and that none of it changes what becomes of the run (I3)."""
 
+import json
 import logging
+import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -207,3 +210,21 @@ def test_a_weight_of_a_component_that_no_response_has_is_said_once(run: Run, cap
     assert [each for each in caplog.messages if each.startswith("advantages.weights")] == [
         "advantages.weights.corect has no effect: no response of step 1 has such a reward component (they have correct)"
     ]
+
+
+def test_a_step_s_line_says_what_the_step_cost_with_what_followed_it(run: Run) -> None:
+    lines: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    with run.session() as session:
+        session.run(lambda _: None, lambda news: lines.append(news.record))
+    lasted = time.perf_counter() - began
+    assert len(lines) == STEPS
+    always = {"read", "decode", "collate", "forward", "loss", "backward", "optimizer", "snapshot", "other"}
+    for line in lines:
+        saved = {"checkpoint"} if line["step"] % 2 == 0 else set()
+        assert set(line["seconds"]) == always | saved
+        assert set(line["memory_bytes"]) == set(line["seconds"]) - {"other"}
+        assert line["flops_per_second"] > 0
+        assert "mfu" not in line, "nobody knows a CPU's peak"
+    assert sum(sum(line["seconds"].values()) for line in lines) <= lasted
+    json.dumps(lines)
