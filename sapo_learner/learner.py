@@ -23,7 +23,7 @@ from sapo_learner.batching import Microbatch, TrainingBatch, idle_microbatch
 from sapo_learner.config import LearnerSettings, OptimizerSettings
 from sapo_learner.filters import build_all, combine
 from sapo_learner.flops import ModelFlops, peak_flops
-from sapo_learner.hidden_states import use_packing
+from sapo_learner.hidden_states import packs, use_packing
 from sapo_learner.memory import enough_memory
 from sapo_learner.objectives import Objective, Tokens, build, concatenated
 from sapo_learner.packed_logprobs import PackedLogprobs
@@ -31,6 +31,7 @@ from sapo_learner.packing import Packing
 from sapo_learner.parallel import ALONE, Ranks
 from sapo_learner.phases import Phases
 from sapo_learner.policy import Policy
+from sapo_learner.router_load import RouterLoad
 from sapo_learner.sharding import ShardedPolicy, compute_dtype, root_of, whole
 from sapo_learner.step_report import StepFigures, UpdateReport
 
@@ -62,6 +63,7 @@ class Learner:
         self._root = root_of(policy)
         self.phases = Phases(self._device)
         self._flops = ModelFlops.of(policy)
+        self._router_load = RouterLoad(policy.model if packs(policy) else None)
         self.optimizer = torch.optim.AdamW(each for each in policy.model.parameters() if each.requires_grad)
         self.change_settings(settings)
 
@@ -91,7 +93,7 @@ class Learner:
         self.step_count += 1
         with self.phases("loss"):
             report = figures.report(
-                {},
+                self._router_load.taken(self.ranks),
                 step=self.step_count,
                 applied=figures.learns and not refusal,
                 refusal=refusal,
@@ -157,7 +159,7 @@ class Learner:
                 if each.index is None:
                     self._take_part(each.microbatch)
                     continue
-                with self.phases("forward"):
+                with self.phases("forward"), self._router_load.watching():
                     tokens = replace(self.tokens(each.microbatch), proximal_logprobs=proximal_logprobs.get(each.index))
                 with self.phases("loss"):
                     self._accumulate(each.index, each.microbatch, tokens, objective, batch.counts, figures)
@@ -167,7 +169,7 @@ class Learner:
 
     def _take_part(self, microbatch: Microbatch) -> None:
         """In the exchanges that other ranks' microbatches need, adding nothing to the gradient."""
-        with self.phases("forward"):
+        with self.phases("forward"), self._router_load.watching(counting=False):
             logprobs, _, _ = self._forward(self._root, microbatch)
         if self.settings.reference.kl_coefficient:
             with self.phases("forward"), torch.no_grad():

@@ -86,6 +86,12 @@ class Ranks:
         dist.all_reduce(whole.view(torch.int64))  # one rank's bits and zeros; as floats -0.0 would become 0.0
         return found
 
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of all ranks' values, on the CPU, of the same shape on every rank; in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
     def largest(self, value: float) -> float:
         """Of what every rank has."""
         if self.size == 1:

@@ -104,6 +104,7 @@ def results(ranks: Ranks, directory: Path, shard: int | None) -> dict[str, Any]:
             found[f"{kind} {name}"] = _steps(kind, dtype, ranks, parallel, directory / f"{kind}-{name}")
     found["activation checkpointing"] = _recomputed(ranks, parallel)
     found["bfloat16"] = _sixteen_bit(ranks, shard)
+    found["router load"] = _router_load(ranks, parallel)
     found["snapshot"] = _snapshot(ranks, parallel)
     found["another model"] = _refused(ranks, parallel, directory / "dense-float64")
     return found
@@ -150,6 +151,19 @@ def _recomputed(ranks: Ranks, parallel: ParallelSettings) -> float:
     expected = gradient(learner_of("dense", torch.float64, ALONE, parallel), first)
     found = gradient(learner_of("dense", torch.float64, ranks, asked), first)
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _router_load(ranks: Ranks, parallel: ParallelSettings) -> dict[str, Any]:
+    """What one rank reports of it and what several do, of a step in which one of those has nothing to do."""
+    one, few = next(batches()), batch_of(settings(), [random_group(0, policy_step=1, spread=1.0)], 10**6)
+    found: dict[str, Any] = {}
+    for name, batch, again in (("all work", one, False), ("recomputed", one, True), ("one is idle", few, False)):
+        asked = parallel.model_copy(update={"activation_checkpointing": again})
+        alone, shared = (
+            learner_of("moe", torch.float64, each, asked).step(batch).diagnostics for each in (ALONE, ranks)
+        )
+        found[name] = [{key: each[key] for key in sorted(each) if "router" in key} for each in (alone, shared)]
+    return found
 
 
 def _sixteen_bit(ranks: Ranks, shard: int | None) -> dict[str, Any]:

@@ -124,6 +124,14 @@ def test_layers_that_are_computed_again_give_the_same_gradient(world: World) -> 
     assert all(each["models"]["activation checkpointing"] <= EPSILON for each in world[1])
 
 
+@pytest.mark.parametrize("step", ["all work", "recomputed", "one is idle"])
+def test_experts_are_reported_as_busy_as_one_rank_reports_them(world: World, step: str) -> None:
+    for each in world[1]:
+        alone, shared = each["models"]["router load"][step]
+        assert shared == alone
+        assert set(shared) == {"router_load_max", "router_load_cv", "router_idle_experts"}
+
+
 def test_in_bfloat16_the_weights_and_moments_stay_float32(world: World) -> None:
     for each in world[1]:
         found = each["models"]["bfloat16"]
