@@ -33,8 +33,8 @@ Every row is a fresh process: {warm_up} runs to warm up, then the median of {mea
 The learner's own, of the objective SAPO: forward, backward, clipping, AdamW. Weights, gradients and moments are
 float32, passes bfloat16, sharded over a process group of one. Random weights; synthetic groups with log-normal lengths
 whose responses, prompts included, fill one packed row to the token. `training.deterministic` is off, other than in
-`run.yaml`, but in the row that says so; TF32 is `torch.set_float32_matmul_precision("high")`, which the learner does
-not set. Peak: what torch allocated at most, weights and optimizer included.
+`run.yaml`, but in the row that says so; TF32 is `torch.set_float32_matmul_precision("high")`, which the learner sets
+for passes in bfloat16. Peak: what torch allocated at most, weights and optimizer included.
 
 Model FLOP = 6 x (weights of the layers that a token passes x packed tokens + weights of the output projection x trained
 tokens) + 6 x layers x heads x head size x sum of squared lengths. The last term is causal attention; embedding

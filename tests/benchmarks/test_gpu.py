@@ -56,7 +56,7 @@ def test_miniature(tmp_path: Path) -> None:
 def test_log_probs(case: Case) -> None:
     found = measure(case, CPU)
     assert len(found["seconds"]) == 5
-    float32 = case.way in ("naive", "ours", "ours, TF32")
+    float32 = case.way in ("naive", "ours")
     assert found["difference"] <= 1e-5 if float32 else 1e-4 < found["difference"] < 0.1
 
 
@@ -95,14 +95,23 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "gpu.md").exists()
 
 
-@pytest.mark.parametrize("tokens", [256, 2_048, 8_192, 32_768])
-def test_groups_fill_one_row_to_the_token(tokens: int) -> None:
+def packed_lengths(tokens: int) -> list[int]:
+    """Of all responses with their prompts, which must make one row."""
     groups = synthetic_groups(tokens, 100)
     batch = collate(groups, step_advantages(groups, AdvantageSettings()), step=1, microbatch_tokens=tokens)
     (microbatch,) = batch.microbatches
-    assert sum(microbatch.lengths) == tokens
-    lengths = sorted(microbatch.lengths)
-    assert lengths[-1] > 2.5 * lengths[len(lengths) // 2], "a heavy tail"
+    return sorted(microbatch.lengths)
+
+
+def test_groups_fill_one_row_to_the_token() -> None:
+    sizes = [*range(256, 320), 2_048, 8_192, 32_768]  # whatever the last response leaves over
+    assert [sum(packed_lengths(each)) for each in sizes] == sizes
+
+
+@pytest.mark.parametrize("tokens", [256, 2_048, 8_192, 32_768])
+def test_lengths_have_a_tail(tokens: int) -> None:
+    lengths = packed_lengths(tokens)
+    assert lengths[-1] > 2.5 * lengths[len(lengths) // 2]
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *MINIATURES])
