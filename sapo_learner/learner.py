@@ -7,10 +7,9 @@ the step, also over ranks, changes nothing (I8). A step whose loss or gradient i
 and says why; so does one of whose tokens none counts.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,22 @@ from torch import Tensor
 
 from sapo_learner import proximal, reference
 from sapo_learner.aggregation import StepCounts, token_weights
-from sapo_learner.batching import Microbatch, TrainingBatch, idle_microbatch
-from sapo_learner.config import LearnerSettings, OptimizerSettings
+from sapo_learner.batching import Microbatch, TrainingBatch
+from sapo_learner.config import LearnerSettings
 from sapo_learner.filters import build_all, combine
 from sapo_learner.flops import ModelFlops, peak_flops
 from sapo_learner.hidden_states import packs, use_packing
 from sapo_learner.memory import enough_memory
 from sapo_learner.objectives import Objective, Tokens, build, concatenated
+from sapo_learner.optimizer import learning_rate, update
 from sapo_learner.packed_logprobs import PackedLogprobs
 from sapo_learner.packing import Packing
 from sapo_learner.parallel import ALONE, Ranks
+from sapo_learner.passes import Pass, passes
 from sapo_learner.phases import Phases
 from sapo_learner.policy import Policy
 from sapo_learner.router_load import RouterLoad
-from sapo_learner.sharding import ShardedPolicy, compute_dtype, root_of, whole
+from sapo_learner.sharding import ShardedPolicy, compute_dtype, root_of
 from sapo_learner.step_report import StepFigures, UpdateReport
 
 
@@ -89,7 +90,7 @@ class Learner:
         figures = self._backward(batch, before) if batch.microbatches else StepFigures()
         with self.phases("optimizer"):
             # Adam's moments and the weight decay would move the weights without a gradient, too.
-            norm, refusal = self._apply(rate, figures.loss) if figures.learns else (0.0, "")
+            norm, refusal = self._update(rate, figures.loss) if figures.learns else (0.0, "")
         self.step_count += 1
         with self.phases("loss"):
             report = figures.report(
@@ -149,11 +150,10 @@ class Learner:
 
     def _backward(self, batch: TrainingBatch, before: Callable[[Sequence[int]], None]) -> StepFigures:
         """Gradients of the step, summed over all ranks, and what became of its tokens."""
-        shares = self.ranks.shares([*map(_size, batch.microbatches)])
-        passes = [_Pass.of(batch.microbatches, together, self.ranks.rank) for together in zip(*shares, strict=True)]
-        objective, proximal_logprobs = self._looked_ahead(batch.microbatches, passes, before)
+        own = passes(batch.microbatches, self.ranks)
+        objective, proximal_logprobs = self._looked_ahead(batch.microbatches, own, before)
         figures = StepFigures()
-        for each in passes:
+        for each in own:
             before(each.groups)
             with self._enough_memory(each.microbatch):
                 if each.index is None:
@@ -178,7 +178,7 @@ class Learner:
             (0.0 * logprobs.sum()).backward()  # type: ignore[no-untyped-call]
 
     def _looked_ahead(
-        self, microbatches: Sequence[Microbatch], passes: Sequence["_Pass"], before: Callable[[Sequence[int]], None]
+        self, microbatches: Sequence[Microbatch], own: Sequence[Pass], before: Callable[[Sequence[int]], None]
     ) -> tuple[Objective, dict[int, Tensor]]:
         """The objective with the constants of this step, and log-probs at its start by microbatch; costs a forward pass
         where either is asked for, else nothing."""
@@ -186,7 +186,7 @@ class Learner:
         if not self.objective.needs_step and not recompute:
             return self.objective, {}
         found = {}
-        for each in passes:
+        for each in own:
             before(each.groups)
             with self.phases("forward"), torch.no_grad(), self._enough_memory(each.microbatch):
                 logprobs, entropy, _ = self._forward(self._root, each.microbatch)
@@ -260,23 +260,10 @@ class Learner:
             self._reference = reference.load(self._reference_directory, self.policy, self.began_with)
         return self._reference
 
-    def _apply(self, rate: float, loss: float) -> tuple[float, str]:
-        """Clip and update, unless something is not finite; returns the gradient norm and the reason for refusing."""
-        parameters = {name: each for name, each in self.policy.model.named_parameters() if each.grad is not None}
-        total = whole(torch.nn.utils.get_total_norm([each.grad for each in parameters.values()]))
-        norm = float(total)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            reason = f"{_culprit(loss, parameters)} is not finite (loss {loss}, gradient norm {norm})"
-            return norm, f"{reason}; weights and optimizer are left unchanged"
-        torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.settings.optimizer.max_grad_norm, total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        where = f"step {self.step_count + 1}"
-        with enough_memory(
-            "applying the update", where=where, fix="the optimizer holds two more copies of the weights"
-        ):
-            self.optimizer.step()
-        return norm, ""
+    def _update(self, rate: float, loss: float) -> tuple[float, str]:
+        """The gradient norm, and the reason for refusing."""
+        where, limit = f"step {self.step_count + 1}", self.settings.optimizer.max_grad_norm
+        return update(self.optimizer, self.policy.model, rate, loss, max_grad_norm=limit, where=where)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """AdamW's state as flat names, "<parameter>/<exp_avg | exp_avg_sq | step>"."""
@@ -303,44 +290,3 @@ class Learner:
             empty = torch.zeros(()) if key == "step" else torch.zeros_like(parameter, requires_grad=False)
             self.optimizer.state[parameter][key] = empty
         return self.optimizer_tensors()
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A forward and backward pass of this rank, while every other rank makes one."""
-
-    index: int | None
-    """Of the microbatch in the step; None where this rank only takes part."""
-    microbatch: Microbatch
-    groups: list[int]
-    """Whose responses are in the microbatches of any rank."""
-
-    @classmethod
-    def of(cls, microbatches: Sequence[Microbatch], together: Sequence[int | None], rank: int) -> "_Pass":
-        index = together[rank]
-        mine = idle_microbatch(microbatches[0]) if index is None else microbatches[index]
-        groups = {group for each in together if each is not None for group in microbatches[each].groups}
-        return cls(index, mine, sorted(groups))
-
-
-def _size(microbatch: Microbatch) -> int:
-    return len(microbatch.input_ids)
-
-
-def _culprit(loss: float, parameters: Mapping[str, Tensor]) -> str:
-    """What to name when an update is refused; before clipping, which would spread a NaN over every gradient."""
-    if not math.isfinite(loss):  # then so is every gradient behind it
-        return "the loss"
-    bad = (name for name, each in parameters.items() if each.grad is not None and not whole(each.grad).isfinite().all())
-    return next((f"the gradient of {name}" for name in bad), "the sum of squared gradients")
-
-
-def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Rate of the update after `step` others: linear warm-up, then constant, linear or cosine to the last step."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    progress = min(1.0, (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps))
-    remaining = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return settings.learning_rate * (settings.final_fraction + (1 - settings.final_fraction) * remaining)

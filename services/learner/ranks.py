@@ -52,7 +52,8 @@ def prepare(config: RunConfig) -> None:
     """What every rank does before anything else."""
     torch.set_num_threads(config.training.threads)
     torch.use_deterministic_algorithms(config.training.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for bugs that costs time in every step
+    # On is a search for bugs, which costs time in every step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if config.parallel.precision == "bfloat16" and device_of_rank().type == "cuda":
         # Log-probs are products of float32 copies of bfloat16, which TF32 multiplies exactly, several times as fast.
         torch.set_float32_matmul_precision("high")

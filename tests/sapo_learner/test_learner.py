@@ -16,8 +16,9 @@ from sapo_learner.advantages import group_advantages
 from sapo_learner.attention import IMPLEMENTATION
 from sapo_learner.batching import TrainingBatch, collate
 from sapo_learner.config import LearnerSettings, OptimizerSettings
-from sapo_learner.learner import Learner, learning_rate
+from sapo_learner.learner import Learner
 from sapo_learner.objectives import Objective, Surrogate, Tokens
+from sapo_learner.optimizer import learning_rate
 from sapo_learner.policy import Policy, tiny_policy
 from sapo_learner.snapshot import weights_digest
 from sapo_learner.trajectory import TrajectoryGroup

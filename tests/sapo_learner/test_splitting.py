@@ -137,7 +137,7 @@ def test_only_an_objective_that_needs_it_costs_another_pass(policy: Policy, obje
     learner.step(batch, told.append)
     count = len(batch.microbatches)
     assert forward == [False] * count * (passes - 1) + [True] * count
-    assert told == [each.groups for each in batch.microbatches] * passes
+    assert told == [list(each.groups) for each in batch.microbatches] * passes
 
 
 def test_a_step_without_signal_prepares_nothing(policy: Policy, seen: list[Tokens]) -> None:
