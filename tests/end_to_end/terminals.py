@@ -152,8 +152,8 @@ def run(terminals: Terminals) -> None:
     }  # fmt: skip
     _start_in_the_worst_order(terminals, [f"--set={key}={value}" for key, value in settings.items()])
     terminals.wait("third step", lambda: terminals.ask("/v1/status")["learner"]["step"] >= 3)
-    _join_and_leave(terminals)
     _lose_a_rank(terminals)
+    _join_and_leave(terminals)
     terminals.wait("end", lambda: terminals.ask("/v1/status")["state"] == "finished", seconds=120)
     terminals.exit_codes["learner"] = terminals.open["learner"].process.wait(timeout=30)
     terminals.status = terminals.sapo("status", terminals.environment["SAPO_CONTROL_PLANE_URL"], "--json")

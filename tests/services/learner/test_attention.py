@@ -82,7 +82,8 @@ def test_another_rank_clears_the_page_that_one_has_open(tmp_path: Path) -> None:
     page = tmp_path / "page"
     forget(page)  # there is none on this machine
     assert not page.exists()
-    Attention(page)("training on", ["1-7"])
+    opened = Attention(page)
+    opened("training on", ["1-7"])
+    assert b"1-7" in page.read_bytes()
     forget(page)
-    for _ in range(DEATHS + 1):
-        Attention(page)
+    assert page.read_bytes() == bytes(PAGE_BYTES)

@@ -1,5 +1,6 @@
 """Several learner processes as one job: it ends as the rank did that ended it, soon, and nothing of it stays."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,10 @@ from torch.distributed.elastic.multiprocessing import ProcessFailure
 from sapo_learner.errors import ConfigError
 from services.learner.launch import cause
 from services.runtime.processes import PARENT
+
+UNREACHABLE = {
+    "SAPO_CONTROL_PLANE_URL": "http://127.0.0.1:9", "SAPO_REDIS_URL": "redis://127.0.0.1:9", "SAPO_TOKEN": "a token",
+}  # fmt: skip
 
 
 def failure(rank: int, code: int, second: int) -> ProcessFailure:
@@ -58,24 +63,22 @@ def test_a_mistake_is_said_once_and_ends_all_ranks_at_once() -> None:
 
 @pytest.mark.timeout(120)
 def test_ranks_end_with_a_launcher_that_is_killed() -> None:
-    process = launcher(
-        SAPO_CONTROL_PLANE_URL="http://127.0.0.1:9", SAPO_REDIS_URL="redis://127.0.0.1:9", SAPO_TOKEN="t"
-    )
+    process, ranks = launcher(**UNREACHABLE), list[psutil.Process]()
     try:
         ranks = until_two(psutil.Process(process.pid))
         process.kill()
         _, alive = psutil.wait_procs(ranks, timeout=60)
         assert alive == []
     finally:
-        process.kill()
+        for each in (process, *ranks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         process.communicate()
 
 
 @pytest.mark.timeout(120)
 def test_the_launcher_dies_of_the_signal_that_a_rank_died_of() -> None:
-    process = launcher(
-        SAPO_CONTROL_PLANE_URL="http://127.0.0.1:9", SAPO_REDIS_URL="redis://127.0.0.1:9", SAPO_TOKEN="t"
-    )
+    process = launcher(**UNREACHABLE)
     try:
         until_two(psutil.Process(process.pid))[1].kill()
         output, _ = process.communicate(timeout=100)
