@@ -22,6 +22,7 @@ from services.eval_command import app as eval_app
 from services.export_command import app as export_app
 from services.history import app as history_app
 from services.objectives_command import app as objectives_app
+from services.plot_command import app as plot_app
 from services.runtime.settings import dump_yaml, load_config
 from services.serve import PLAIN_HELP, ConfigFile, Set
 from services.serve import app as serve_app
@@ -40,6 +41,7 @@ app.add_typer(check_app)
 app.add_typer(eval_app)
 app.add_typer(objectives_app)
 app.add_typer(history_app)
+app.add_typer(plot_app)
 app.add_typer(export_app)
 
 
