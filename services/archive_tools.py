@@ -21,7 +21,7 @@ _SKIPS_SHOWN = "skipped"
 
 def stats(directory: Path) -> dict[str, Any]:
     """What the archive holds and what it takes; one frame in memory at a time. `pruned`: what it held before."""
-    archive, counts = _open(directory), _Counts()
+    archive, counts = open_archive(directory), _Counts()
     segments = []
     for segment in archive.segments():
         first, last, after = None, None, (segment.first or 1) - 1
@@ -46,8 +46,8 @@ def stats(directory: Path) -> dict[str, Any]:
 
 def show(directory: Path, wanted: str) -> dict[str, Any]:
     """One entry in full. wanted: an entry's id such as 1-57, or draw:57. Raises NotFound saying what there is."""
-    archive = _open(directory)
-    entry = _find(archive, wanted)
+    archive = open_archive(directory)
+    entry = find(archive, wanted)
     facts: dict[str, Any] = {"entry": entry.id, "kind": entry.kind, "chain": entry.chain, "bytes": len(entry.payload)}
     facts[_SKIPS_SHOWN] = skips.read(archive.directory).get(entry.id)
     if entry.kind != GROUP:
@@ -56,9 +56,9 @@ def show(directory: Path, wanted: str) -> dict[str, Any]:
         group = decode(entry.payload)
     except InvalidTrajectory as error:
         return facts | {"draw": entry.draw, "invalid": str(error)}
-    learned = _learned(directory, archive, entry, group)
-    advantages = learned.pop("advantages") or [None] * len(group.trajectories)
-    return facts | learned | _described(group, advantages, _text(directory / "model"))
+    known = learned(directory, archive, entry, group)
+    advantages = known.pop("advantages") or [None] * len(group.trajectories)
+    return facts | known | _described(group, advantages, text_of(directory / "model"))
 
 
 def prune(directory: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def skip(directory: Path, entry_id: str, reason: str) -> None:
     archive_directory = _existing(directory)
 
     def check() -> None:
-        entry = _find(Archive(archive_directory, None), entry_id, draws=False)
+        entry = find(Archive(archive_directory, None), entry_id, draws=False)
         if entry.kind != GROUP:
             raise Mismatch(f"entry {entry.id} is no group but of kind {entry.kind!r}", fix="only groups can be skipped")
         _refuse_if_consumed(directory / "checkpoints", entry)
@@ -155,11 +155,14 @@ def _existing(directory: Path) -> Path:
     return archive
 
 
-def _open(directory: Path) -> Archive:
+def open_archive(directory: Path) -> Archive:
+    """That of a run's directory, to be read. Raises NotFound when there is none."""
     return Archive(_existing(directory), None)
 
 
-def _find(archive: Archive, wanted: str, *, draws: bool = True) -> Entry:
+def find(archive: Archive, wanted: str, *, draws: bool = True) -> Entry:
+    """The entry with this id, or that answers this draw. Raises ConfigError for what is neither, NotFound saying what
+    there is."""
     by_id, by_draw = re.fullmatch(r"(\d+)-(\d+)", wanted), re.fullmatch(r"draw:(\d+)", wanted)
     if by_id:
         return _by_id(archive, wanted, int(by_id[2]))
@@ -195,9 +198,9 @@ def _missing(archive: Archive, wanted: str, what: str) -> NotFound:
     return NotFound(what, where=wanted, fix=fix)
 
 
-def _learned(directory: Path, archive: Archive, entry: Entry, group: TrajectoryGroup) -> dict[str, Any]:
+def learned(directory: Path, archive: Archive, entry: Entry, group: TrajectoryGroup) -> dict[str, Any]:
     """The group's step, the estimator there, and its advantages; None where `advantages_note` says why."""
-    step, note = _step_of(directory, archive, entry)
+    step, note = step_of(directory, archive, entry)
     found: Vector | None = None
     if step and not step.missing:
         found = step.advantages(decode, skips.read(archive.directory)).get(entry.id)
@@ -213,7 +216,7 @@ def _learned(directory: Path, archive: Archive, entry: Entry, group: TrajectoryG
     }
 
 
-def _step_of(directory: Path, archive: Archive, entry: Entry) -> tuple[Step | None, str]:
+def step_of(directory: Path, archive: Archive, entry: Entry) -> tuple[Step | None, str]:
     """The step that the entry belongs to, and what is not there of it."""
     begin = beginning(directory / "checkpoints", archive, entry.sequence)
     if begin is None:
@@ -258,7 +261,7 @@ def _response(each: Trajectory, advantage: float | None, text: Callable[[list[in
     }
 
 
-def _text(model: Path) -> Callable[[list[int]], str | None]:
+def text_of(model: Path) -> Callable[[list[int]], str | None]:
     """Token ids -> text by the run's tokenizer, special tokens included; None where it is not there."""
     if not (model / "tokenizer_config.json").is_file():
         return lambda _: None

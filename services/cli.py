@@ -26,6 +26,7 @@ from services.plot_command import app as plot_app
 from services.runtime.settings import dump_yaml, load_config
 from services.serve import PLAIN_HELP, ConfigFile, Set
 from services.serve import app as serve_app
+from services.show_command import app as show_app
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,6 +43,7 @@ app.add_typer(eval_app)
 app.add_typer(objectives_app)
 app.add_typer(history_app)
 app.add_typer(plot_app)
+app.add_typer(show_app)
 app.add_typer(export_app)
 
 

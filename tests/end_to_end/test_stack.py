@@ -179,6 +179,28 @@ def test_eval_and_sample_read_the_run(stack: Stack) -> None:
     assert result.stdout.startswith("7+5-3=")
 
 
+def test_plot_draws_a_run_that_was_interrupted_and_attacked(stack: Stack, tmp_path: Path) -> None:
+    result = stack.sapo("plot", str(stack.directory), "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    names = ("learning", "health", "speed", "objective")
+    assert result.stdout.split() == [str(tmp_path / f"{name}.png") for name in names]
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in names)
+
+
+def test_show_weighs_every_token_under_the_policy_of_its_step(stack: Stack) -> None:
+    step = checkpoint.list_whole(stack.directory / "checkpoints")[1].step + 1
+    ahead = [entry for entry in Archive(stack.directory / "archive", None).entries() if entry.kind == GROUP]
+    weights = []
+    for entry in ahead[(step - 1) * GROUPS_PER_STEP :][:3]:
+        result = stack.sapo("show", str(stack.directory), entry.id, "--json")
+        assert result.returncode == 0, result.stderr
+        answer = json.loads(result.stdout)
+        assert (answer["step"], answer["policy"]["trained_under"]) == (step, step - 1)
+        assert answer["policy"]["step"] == step - 1
+        weights += [token["gate_weight"] for each in answer["responses"] for token in each["tokens"]]
+    assert all(0 < weight <= 1 for weight in weights)
+
+
 def test_eval_reads_the_newest_published_policy_by_url(stack: Stack) -> None:
     assert stack.by_url is not None
     assert stack.by_url.returncode == 0, stack.by_url.stderr
