@@ -80,8 +80,10 @@ class Policy:
         """Every tensor that makes up the policy, as engines get it, by name, tied ones once."""
         seen: dict[int, str] = {}
         state = self.model.state_dict(keep_vars=True)
-        for name, tensor in state.items():  # a share of a tensor may be empty, and then has no address
-            seen.setdefault(id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr(), name)
+        for name, tensor in state.items():
+            # neither has an address: what is on the meta device, and a share of a tensor where it is empty
+            nowhere = tensor.is_meta or isinstance(tensor, DTensor)
+            seen.setdefault(id(tensor) if nowhere else tensor.data_ptr(), name)
         return {name: state[name].detach() for name in seen.values()}
 
     def copied(self, dtype: str) -> Mapping[str, Tensor]:

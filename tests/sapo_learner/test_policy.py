@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Granite
 from sapo_learner.advantages import group_advantages
 from sapo_learner.batching import collate
 from sapo_learner.config import LearnerSettings
+from sapo_learner.empty_policy import empty_policy
 from sapo_learner.errors import ConfigError, Mismatch
 from sapo_learner.learner import Learner
 from sapo_learner.policy import Policy, load_policy, load_weights, require_plain_head, tiny_policy, write_policy
@@ -242,6 +243,15 @@ def test_tied_tensors_appear_once(name, tied, tmp_path):
     assert len(set(pointers)) == len(pointers)
     trained = {parameter.data_ptr() for parameter in policy.model.parameters()}
     assert trained <= set(pointers)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_without_weights_the_tensors_have_the_same_names_and_shapes(name, tmp_path):
+    policy = load_policy(written(tmp_path, ARCHITECTURES[name]))
+    empty = empty_policy(policy.files, packs=False).tensors()
+    assert {name: each.shape for name, each in empty.items()} == {
+        name: each.shape for name, each in policy.tensors().items()
+    }
 
 
 @pytest.mark.parametrize(
