@@ -17,11 +17,12 @@ from sapo_learner.batching import collate
 from sapo_learner.config import LearnerSettings, ParallelSettings, TrainingSettings
 from sapo_learner.empty_policy import empty_policy
 from sapo_learner.errors import Unavailable
+from sapo_learner.flops import ModelFlops, peak_flops
 from sapo_learner.learner import Learner
 from sapo_learner.memory import enough_memory
 from sapo_learner.parallel import Ranks, joined
 from sapo_learner.policy import Policy
-from sapo_learner.sharding import checkpoint_activations, sharded
+from sapo_learner.sharding import checkpoint_activations, compute_dtype, sharded
 from sapo_learner.snapshot import LazyTensors
 from sapo_learner.trajectory import SamplingParameters, Trajectory, TrajectoryGroup, VersionSpan
 
@@ -36,6 +37,10 @@ class Shape:
 
     config: Mapping[str, Any]
     checkpointing: bool = False
+
+    def empty(self) -> Policy:
+        """Without weights; takes no memory."""
+        return empty_policy({"config.json": json.dumps(dict(self.config)).encode()}, packs=True)
 
 
 def _qwen3(hidden: int, layers: int, heads: int, intermediate: int, **others: Any) -> dict[str, Any]:
@@ -117,7 +122,9 @@ def _steps(case: Case, device: torch.device) -> dict[str, Any]:
     lengths = [length for each in batch.microbatches for length in each.lengths]
     trained = []
     with joined(device) as ranks:
-        learner = Learner(random_policy(shape, ranks, device), settings, temperature=1.0, ranks=ranks)
+        policy = random_policy(shape, ranks, device)
+        flops, peak = ModelFlops.of(policy), peak_flops(device, compute_dtype(policy))
+        learner = Learner(policy, settings, temperature=1.0, ranks=ranks)
 
         def step() -> None:
             report = learner.step(batch)
@@ -125,21 +132,21 @@ def _steps(case: Case, device: torch.device) -> dict[str, Any]:
                 raise SystemExit(f"an update was refused: {report.refusal}")
             trained.append(report.tokens)
 
-        seconds, peak = _timed(step, device)
+        seconds, memory = _timed(step, device)
+    assert flops is not None, "each of SHAPES says how many heads and active experts it has"
     return {
-        "seconds": seconds, "peak": peak, "trained": trained[-1],
-        "tokens": sum(lengths), "responses": len(lengths), "longest": max(lengths),
-        "squares": sum(length**2 for length in lengths),
+        "seconds": seconds, "flops": flops.of_step(batch.microbatches), "peak": peak, "memory": memory,
+        "trained": trained[-1], "responses": len(lengths), "longest": max(lengths),
     }  # fmt: skip
 
 
 def random_policy(shape: Shape, ranks: Ranks, device: torch.device) -> Policy:
     """Sharded over the ranks as the learner's is: float32 weights made on the device, passes in bfloat16."""
     parallel = ParallelSettings(precision="bfloat16", activation_checkpointing=shape.checkpointing)
-    empty = empty_policy({"config.json": json.dumps(dict(shape.config)).encode()}, packs=True)
+    empty = shape.empty()
     if shape.checkpointing:
         checkpoint_activations(empty)
-    weights = LazyTensors(dict(empty.model.state_dict()), partial(_random, device))
+    weights = LazyTensors(empty.tensors(), partial(_random, device))
     return sharded(empty, ranks, parallel, device, weights)
 
 
@@ -225,14 +232,14 @@ def _logprobs(case: Case, device: torch.device) -> dict[str, Any]:
         logprobs = method(hidden, weight, targets)
         logprobs.backward(upstream.to(logprobs.dtype))
 
-    seconds, peak = _timed(both_ways, device)
+    seconds, memory = _timed(both_ways, device)
     hidden.grad = weight.grad = None
     with torch.no_grad():
         found = method(hidden, weight, targets)
         torch.set_float32_matmul_precision("highest")
         rows = (slice(start, start + 256) for start in range(0, case.tokens, 256))
         difference = max(float((found[each] - naive(hidden[each], weight, targets[each])).abs().max()) for each in rows)
-    return {"seconds": seconds, "peak": None if peak is None else peak - held, "difference": difference}
+    return {"seconds": seconds, "memory": None if memory is None else memory - held, "difference": difference}
 
 
 def _timed(run: Callable[[], None], device: torch.device) -> tuple[list[float], int | None]:

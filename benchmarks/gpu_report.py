@@ -1,15 +1,15 @@
-"""benchmarks/results/gpu.md from the figures of benchmarks.gpu, and how many operations a step takes."""
+"""benchmarks/results/gpu.md from the figures of benchmarks.gpu."""
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from typing import Any
 
 from benchmarks.gpu_cases import MEASURED, MINIATURES, SHAPES, WARM_UP, Case
 from benchmarks.machine import machine
+from sapo_learner.flops import ModelFlops
 
-#: Dense bfloat16, as NVIDIA states it, by torch's name of the card. The PCIe and NVL cards of these names are slower.
-PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 GIB = 1 << 30
 
 NOT_MEASURED = """\
@@ -36,10 +36,9 @@ whose responses, prompts included, fill one packed row to the token. `training.d
 `run.yaml`, but in the row that says so; TF32 is `torch.set_float32_matmul_precision("high")`, which the learner sets
 for passes in bfloat16. Peak: what torch allocated at most, weights and optimizer included.
 
-Model FLOP = 6 x (weights of the layers that a token passes x packed tokens + weights of the output projection x trained
-tokens) + 6 x layers x heads x head size x sum of squared lengths. The last term is causal attention; embedding
-look-ups, norms and what is computed twice (activation checkpointing, chunks of log-probs) do not count. MFU is model
-FLOP/s over the card's dense bfloat16 peak: 989e12 on an H100 or H200 SXM; no other card is known, and gets none.
+Model FLOP and MFU are what the learner reports (`sapo_learner/flops.py`, after PaLM, appendix B): 6 per active weight
+and token, of the output projection per trained token alone, and 12 x heads x head size per layer and pair of tokens of
+one sequence, masked ones included; over the dense bfloat16 peak of the card, where its data sheet is known there.
 
 | model | packed tokens | responses (longest) | step, ms | trained tokens/s | model TFLOP/s | MFU | peak GiB |
 |---|---|---|---|---|---|---|---|
@@ -47,7 +46,7 @@ FLOP/s over the card's dense bfloat16 peak: 989e12 on an H100 or H200 SXM; no ot
 | model | vocabulary | hidden | layers | heads, key/value x size | intermediate | parameters | active | checkpointing |
 |---|---|---|---|---|---|---|---|---|
 {shapes}
-Active: weights of the matrices that a trained token passes. Tied: the output projection is the embedding.
+Active: weights that a trained token is multiplied with. Tied: the output projection is the embedding.
 Checkpointing: `parallel.activation_checkpointing`.
 
 ## Log-probs from hidden states
@@ -93,42 +92,12 @@ def _trl() -> str:
         return "not installed"
 
 
-def layer_weights(config: Mapping[str, Any]) -> int:
-    """Weights of the matrices that a token passes in all layers: of a mixture's experts the active ones."""
-    hidden, size = config["hidden_size"], config["head_dim"]
-    attention = 2 * hidden * size * (config["num_attention_heads"] + config["num_key_value_heads"])
-    if "num_experts" in config:
-        experts = 3 * hidden * config["moe_intermediate_size"] * config["num_experts_per_tok"]
-        return int(config["num_hidden_layers"] * (attention + experts + hidden * config["num_experts"]))
-    return int(config["num_hidden_layers"] * (attention + 3 * hidden * config["intermediate_size"]))
-
-
-def head_weights(config: Mapping[str, Any]) -> int:
-    return int(config["vocab_size"] * config["hidden_size"])
-
-
-def parameters(config: Mapping[str, Any]) -> int:
-    """All of them, norms included."""
-    hidden, size, layers = config["hidden_size"], config["head_dim"], config["num_hidden_layers"]
-    everyone = {**config, "num_experts_per_tok": config.get("num_experts")}
-    embeddings = head_weights(config) * (1 if config["tie_word_embeddings"] else 2)
-    return layer_weights(everyone) + embeddings + layers * 2 * (hidden + size) + hidden
-
-
-def model_flops(config: Mapping[str, Any], found: Mapping[str, Any]) -> float:
-    """Of one optimizer step, by the formula in the report. found: `tokens`, `trained` and `squares` of its batch."""
-    matrices = layer_weights(config) * found["tokens"] + head_weights(config) * found["trained"]
-    attention = config["num_hidden_layers"] * config["num_attention_heads"] * config["head_dim"] * found["squares"]
-    return 6.0 * (matrices + attention)
-
-
 def _step_row(case: Case, found: Mapping[str, Any] | None) -> str:
     start = [case.shape + (f", {case.way}" if case.way else ""), f"{case.tokens:,}"]
     if not found or "problem" in found:
         return _row(*start, _problem(found), *[""] * 5)
     seconds = statistics.median(found["seconds"])
-    rate = model_flops((SHAPES | MINIATURES)[case.shape].config, found) / seconds
-    peak = PEAK_FLOPS.get(found["card"])
+    rate, peak = found["flops"] / seconds, found["peak"]
     return _row(
         *start, f"{found['responses']} ({found['longest']:,})", f"{seconds * 1000:,.1f}",
         f"{found['trained'] / seconds:,.0f}", f"{rate / 1e12:,.4g}", f"{rate / peak:.1%}" if peak else "-",
@@ -146,6 +115,7 @@ def _logprob_row(case: Case, figures: Figures) -> str:
     return _row(*start, f"{seconds * 1000:,.1f}", ratio, _memory(found), f"{found['difference']:.1e}")
 
 
+@cache  # the report is written after every row
 def _shape_row(name: str) -> str:
     shape = (SHAPES | MINIATURES)[name]
     config = shape.config
@@ -154,11 +124,14 @@ def _shape_row(name: str) -> str:
         sizes = [config[key] for key in ("num_experts", "moe_intermediate_size", "num_experts_per_tok")]
         intermediate = "{} experts of {:,}, {} active".format(*sizes)
     heads = f"{config['num_attention_heads']}, {config['num_key_value_heads']} x {config['head_dim']}"
-    active = layer_weights(config) + head_weights(config)
+    policy = shape.empty()
+    parameters, flops = sum(each.numel() for each in policy.model.parameters()), ModelFlops.of(policy)
+    assert flops is not None
+    active = (flops.per_token + flops.per_target) / 6
     return _row(
         name, f"{config['vocab_size']:,}", f"{config['hidden_size']:,}", str(config["num_hidden_layers"]), heads,
         intermediate,
-        f"{parameters(config):,}" + (", tied" if config["tie_word_embeddings"] else ""), f"{active:,}",
+        f"{parameters:,}" + (", tied" if config["tie_word_embeddings"] else ""), f"{active:,.0f}",
         "yes" if shape.checkpointing else "no",
     )  # fmt: skip
 
@@ -168,7 +141,7 @@ def _problem(found: Mapping[str, Any] | None) -> str:
 
 
 def _memory(found: Mapping[str, Any]) -> str:
-    return "-" if found["peak"] is None else f"{found['peak'] / GIB:.2f}"
+    return "-" if found["memory"] is None else f"{found['memory'] / GIB:.2f}"
 
 
 def _row(*cells: str) -> str:

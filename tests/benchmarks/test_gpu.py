@@ -1,23 +1,18 @@
 """The GPU benchmark, in miniature on the CPU: that it measures what it says, and what it says where it cannot."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import gpu
-from benchmarks.gpu_cases import MINIATURES, SHAPES, Case, cases, measure, synthetic_groups
-from benchmarks.gpu_report import model_flops, parameters, report
+from benchmarks.gpu_cases import MINIATURES, Case, cases, measure, synthetic_groups
+from benchmarks.gpu_report import report
 from sapo_learner.advantages import step_advantages
-from sapo_learner.batching import collate
+from sapo_learner.batching import Microbatch, collate
 from sapo_learner.config import AdvantageSettings
-from sapo_learner.empty_policy import empty_policy
+from sapo_learner.flops import ModelFlops
 
 CPU = torch.device("cpu")
 PUBLISHED = {"0.6B": 596_049_920, "1.7B": 1_720_574_976, "4B": 4_022_468_096}  # parameters of Qwen3-...
@@ -26,7 +21,7 @@ STEP, LOGPROBS = "## Optimizer steps", "## Log-probs from hidden states"
 
 def rows(text: str, heading: str) -> list[list[str]]:
     """Cells of the first table behind a heading, without its header."""
-    lines = iter(text.split(f"{heading}\n")[1].splitlines())
+    lines = iter(text.split(heading)[1].splitlines())
     next(line for line in lines if line.startswith("|---"))
     found = []
     while (line := next(lines, "")).startswith("|"):
@@ -34,18 +29,24 @@ def rows(text: str, heading: str) -> list[list[str]]:
     return found
 
 
-def run(out: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--out", str(out), *arguments]
-    subprocess.run(command, check=True, capture_output=True, timeout=100)
-    return out.read_text()
+def packed(tokens: int) -> Microbatch:
+    """All responses with their prompts, which must make one row."""
+    groups = synthetic_groups(tokens, 100)
+    batch = collate(groups, step_advantages(groups, AdvantageSettings()), step=1, microbatch_tokens=tokens)
+    (microbatch,) = batch.microbatches
+    return microbatch
 
 
 def test_miniature(tmp_path: Path) -> None:
     """A step of the learner in a process of its own, as a GPU would make it: sharded, 16-bit, layers computed again."""
-    text = run(tmp_path / "gpu.md", "--only", "MoE")
+    case = Case("steps", "miniature MoE", 256)
+    found = gpu.in_fresh_process(case, small=True, seconds=100)
+    flops = ModelFlops.of(MINIATURES[case.shape].empty())
+    assert flops is not None
+    assert found["flops"] == flops.of_step([packed(case.tokens)])
+    text = report([case], {case: found}, command="", small=True, minutes=1)
     assert "**not measured: no NVIDIA GPU was at hand**" in text
     assert "    python -m benchmarks.gpu\n" in text
-    assert rows(text, LOGPROBS) == []
     (row,) = rows(text, STEP)
     assert row[:2] == ["miniature MoE", "256"]
     assert all(float(cell.replace(",", "")) > 0 for cell in row[3:6])
@@ -76,9 +77,15 @@ def test_out_of_memory_is_a_row() -> None:
     assert rows(text, LOGPROBS) == [[f"{2**45:,}", "ours", "out of memory", "", "", ""]]
 
 
-def test_a_process_that_ends_early_is_a_row() -> None:
-    found = gpu.in_fresh_process(Case("logprobs", "miniature", 16, "nobody's"), small=True, seconds=100)
-    assert found == {"problem": 'failed: KeyError: "nobody\'s"'}
+def test_a_process_that_ends_early_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a module in the benchmark's place, which fails before it has imported anything."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu.py").write_text("raise SystemExit('first this\\nthen a | b')\n")
+    monkeypatch.chdir(tmp_path)
+    gpu.main(["--small", "--only", "MoE", "--out", str(tmp_path / "gpu.md")])
+    text = (tmp_path / "gpu.md").read_text()
+    assert rows(text, STEP) == [["miniature MoE", "256", "failed: then a / b", *[""] * 5]]
+    assert rows(text, LOGPROBS) == []
 
 
 def test_a_process_that_takes_too_long_is_a_row() -> None:
@@ -95,59 +102,38 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "gpu.md").exists()
 
 
-def packed_lengths(tokens: int) -> list[int]:
-    """Of all responses with their prompts, which must make one row."""
-    groups = synthetic_groups(tokens, 100)
-    batch = collate(groups, step_advantages(groups, AdvantageSettings()), step=1, microbatch_tokens=tokens)
-    (microbatch,) = batch.microbatches
-    return sorted(microbatch.lengths)
-
-
 def test_groups_fill_one_row_to_the_token() -> None:
     sizes = [*range(256, 320), 2_048, 8_192, 32_768]  # whatever the last response leaves over
-    assert [sum(packed_lengths(each)) for each in sizes] == sizes
+    assert [sum(packed(each).lengths) for each in sizes] == sizes
 
 
-@pytest.mark.parametrize("tokens", [256, 2_048, 8_192, 32_768])
+@pytest.mark.parametrize("tokens", [256, 32_768])
 def test_lengths_have_a_tail(tokens: int) -> None:
-    lengths = packed_lengths(tokens)
+    lengths = sorted(packed(tokens).lengths)
     assert lengths[-1] > 2.5 * lengths[len(lengths) // 2]
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *MINIATURES])
-def test_parameters(name: str) -> None:
-    config = (SHAPES | MINIATURES)[name].config
-    model = empty_policy({"config.json": json.dumps(config).encode()}, packs=True).model
-    assert parameters(config) == sum(each.numel() for each in model.parameters())
-    assert parameters(config) == PUBLISHED.get(name, parameters(config))
+def test_shapes_are_those_published() -> None:
+    text = report([], {}, command="", small=False, minutes=1)
+    weights = {row[0]: row[6:8] for row in rows(text, "| model | vocabulary ")}
+    assert {name: weights[name][0] for name in PUBLISHED} == {
+        name: f"{count:,}, tied" for name, count in PUBLISHED.items()
+    }
+    # an untied output projection, and 12 layers of queries and outputs, keys and values, 4 of 32 experts, their router
+    layer = 2 * 1_024 * 2_048 + 2 * 1_024 * 1_024 + 4 * 3 * 1_024 * 768 + 32 * 1_024
+    assert weights["MoE"][1] == f"{151_936 * 1_024 + 12 * layer:,}"
 
 
-@pytest.mark.parametrize("name", MINIATURES)
-def test_model_flops_are_those_that_torch_counts(name: str) -> None:
-    """But for attention, of which the formula counts the causal half, and for the rotary angles."""
-    config: dict[str, Any] = dict(MINIATURES[name].config)
-    shape = AutoConfig.for_model(**config)
-    shape._experts_implementation = "eager"  # plain products, which torch counts
-    model = AutoModelForCausalLM.from_config(shape, attn_implementation="eager")
-    length = 96
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, length, dtype=torch.int64)).logits.sum().backward()
-    whole = {"tokens": length, "trained": length, "squares": 2 * length**2}
-    assert model_flops(config, whole) == pytest.approx(counter.get_total_flops(), rel=2e-3)
-
-
-def test_mfu_is_of_the_card_that_is_known() -> None:
+def test_mfu_is_of_the_peak_that_the_learner_knows() -> None:
     case = Case("steps", "0.6B", 2_048)
     found = {
-        "seconds": [0.1] * 4 + [9.0], "peak": 3 << 30, "trained": 2_000, "tokens": 2_048, "responses": 9,
-        "longest": 500, "squares": 10**6, "card": "NVIDIA H200",
+        "seconds": [0.1] * 4 + [9.0], "flops": 12.34e12, "peak": 989e12, "memory": 3 << 30, "trained": 2_000,
+        "responses": 9, "longest": 500, "card": "NVIDIA H200",
     }  # fmt: skip
-    # 28 layers of 15,728,640 weights in matrices, and the output projection of 151,936 x 1,024
-    flops = 6 * (28 * 15_728_640 * 2_048 + 151_936 * 1_024 * 2_000 + 28 * 16 * 128 * 10**6)
 
-    def row(card: str) -> list[str]:
-        return rows(report([case], {case: found | {"card": card}}, command="", small=False, minutes=1), STEP)[0]
+    def row(**others: Any) -> list[str]:
+        return rows(report([case], {case: found | others}, command="", small=False, minutes=1), STEP)[0]
 
-    assert row("NVIDIA H200")[3:] == ["100.0", "20,000", f"{flops / 1e11:,.4g}", f"{flops / 989e11:.1%}", "3.00"]
-    assert row("NVIDIA H100 PCIe")[6] == "-"
+    assert row()[3:] == ["100.0", "20,000", "123.4", "12.5%", "3.00"]
+    assert row(peak=None)[6] == "-"
     assert "not measured" not in report([case], {case: found}, command="", small=False, minutes=1)
