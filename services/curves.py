@@ -181,10 +181,12 @@ def _duration(run: Recorded) -> Values:
 
 
 def _step_time(run: Recorded) -> list[Series]:
+    """From the second step on: the first waits for everything to start, and beside it all others would look alike."""
     trained = run.values(lambda line: sum(line["seconds"].values()))
     waited = run.values(lambda line: line["waited_seconds"])
     parts = {"whole step": _duration(run), "update": trained, "waiting for groups": waited}
-    return [Series(label, run.numbers, each) for label, each in parts.items()]
+    later = slice(1, None) if len(run.steps) > 1 else slice(None)
+    return [Series(label, run.numbers[later], each[later]) for label, each in parts.items()]
 
 
 def _waiting(run: Recorded) -> list[Series]:
