@@ -71,11 +71,13 @@ def test_the_gate_weight_is_the_papers(run: Path) -> None:
     assert {(1, True), (-1, True)} <= seen
 
 
-@pytest.mark.parametrize("name", ["sapo", "grpo", "bapo", "espo"])
+@pytest.mark.parametrize("name", ["sapo", "sapo by age", "grpo", "bapo", "espo"])
 def test_under_the_kept_policy_they_are_what_the_learner_reported_of_the_step(name: str, tmp_path: Path) -> None:
-    """Also of an objective that wants the whole step, and of one that wants entropies."""
+    """Also of an objective that wants policy ages, the whole step, or entropies."""
+    name, _, by_age = name.partition(" ")
+    options = {"positive_ramp": True, "age_full": 20} if by_age else {}
     aggregation = {"mode": "token_mean"} if name == "bapo" else {}
-    directory = trained_run(tmp_path / "run", objective={"name": name}, aggregation=aggregation)
+    directory = trained_run(tmp_path / "run", objective={"name": name, **options}, aggregation=aggregation)
     groups, line = of_step(directory, EXACT), reported(directory, EXACT)
     assert {each["policy"]["step"] for each in groups} == {EXACT - 1}
     tokens = [token for group in groups if any(each["advantage"] for each in group["responses"])
@@ -104,7 +106,7 @@ def test_recorded_facts_are_those_of_the_archive_and_what_was_not_sampled_has_no
         for token, logprob in zip(tokens, response.behaviour_logprobs, strict=True):
             figures = [token[key] for key in ("behaviour_logprob", "logprob", "ratio", "gate_weight", "advantage")]
             assert token["behaviour_logprob"] == (float(logprob) if token["mask"] else None)
-            assert (None in figures) != token["mask"]
+            assert {each is None for each in figures} == {not token["mask"]}
             masked += not token["mask"]
     assert masked
 
@@ -121,8 +123,9 @@ def test_a_response_without_a_sampled_token_moves_no_other_responses_figures(run
     ours, whole = look(directory, "1-1", "gate"), look(run, "1-1", "gate")
     assert {token["ratio"] for token in ours["responses"][0]["tokens"]} == {None}
     for one, other in zip(ours["responses"][1:], whole["responses"][1:], strict=True):
-        known = [(a["ratio"], b["ratio"]) for a, b in zip(one["tokens"], other["tokens"], strict=True) if a["mask"]]
-        assert [a for a, _ in known] == pytest.approx([b for _, b in known])
+        for key in ("ratio", "gate_weight"):  # the weight goes by the response's own advantage
+            known = [(a[key], b[key]) for a, b in zip(one["tokens"], other["tokens"], strict=True) if a["mask"]]
+            assert [a for a, _ in known] == pytest.approx([b for _, b in known])
 
 
 # ---- which policy
@@ -161,6 +164,16 @@ def test_a_published_snapshot_may_be_the_nearest(run: Path, tmp_path: Path) -> N
     assert nearest[5] is not None
     for name, tensor in nearest[5].load().tensors().items():
         assert torch.equal(tensor, policy.tensors()[name])
+
+
+def test_a_checkpoint_of_a_branch_that_the_log_has_left_is_not_taken(run: Path, tmp_path: Path) -> None:
+    directory = copy(run, tmp_path)
+    shutil.rmtree(directory / "archive")
+    with Archive(directory / "archive", 1) as archive:
+        archive.append(entries([encode(random_group(draw + 100)) for draw in range(12 * GROUPS)]))
+    nearest = nearest_policy(directory, Archive(directory / "archive", None), 10)
+    assert nearest is not None
+    assert nearest.step == 0
 
 
 def test_any_policy_may_be_given(run: Path, tmp_path: Path) -> None:
