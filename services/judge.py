@@ -269,12 +269,13 @@ def _speed(directory: Path, groups: list[TrajectoryGroup]) -> dict[str, Any]:
     sampled: Counter[str] = Counter()
     for group in groups:
         sampled[group.worker] += sum(len(each.token_ids) for each in group.trajectories)
-    busy, tokens, seconds = defaultdict[str, float](float), 0, 0.0
+    tokens, seconds, busy = 0, 0.0, defaultdict[str, float](float)
     for line in read(directory / "record.jsonl"):
         if line["kind"] == "busy":
             busy[line["worker"]] += sum(end - start for start, end in line["intervals"])
         elif line["kind"] == "step":
-            tokens, seconds = tokens + line["tokens"], seconds + line["seconds"]["backward"]
+            tokens += line["tokens"]
+            seconds += sum(line["seconds"].get(phase, 0.0) for phase in ("forward", "loss", "backward"))
     return {
         "engine": {worker: count / busy[worker] for worker, count in sorted(sampled.items()) if busy[worker]},
         "learner": tokens / seconds if tokens and seconds else None,
