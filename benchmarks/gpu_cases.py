@@ -102,7 +102,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     learner = case.table == "steps" and case.way != NO_TF32
     torch.set_float32_matmul_precision("high" if learner or case.way == f"ours, {TF32}" else "highest")
     torch.utils.deterministic.fill_uninitialized_memory = False  # as the learner does
-    torch.use_deterministic_algorithms(case.way == DETERMINISTIC)
+    torch.use_deterministic_algorithms(case.way == DETERMINISTIC, warn_only=True)
     found: dict[str, Any] = {"card": torch.cuda.get_device_name(device) if device.type == "cuda" else ""}
     try:
         with enough_memory("measuring", where=str(case), fix="take a card with more"):

@@ -51,10 +51,13 @@ def needs_group(config: RunConfig) -> bool:
 def prepare(config: RunConfig) -> None:
     """What every rank does before anything else."""
     torch.set_num_threads(config.training.threads)
-    torch.use_deterministic_algorithms(config.training.deterministic)
+    gpu = device_of_rank().type == "cuda"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no deterministic kernels
+    # A GPU lacks some kernels: those are said once, and the run goes on.
+    torch.use_deterministic_algorithms(config.training.deterministic, warn_only=gpu)
     # On is a search for bugs, which costs time in every step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if config.parallel.precision == "bfloat16" and device_of_rank().type == "cuda":
+    if config.parallel.precision == "bfloat16" and gpu:
         # Log-probs are products of float32 copies of bfloat16, which TF32 multiplies exactly, several times as fast.
         torch.set_float32_matmul_precision("high")
 
