@@ -44,6 +44,7 @@ class TrainingBatch:
     microbatches: tuple[Microbatch, ...]
     counts: StepCounts
     signal: tuple[bool, ...]  # per group: whether it moves the policy; the others are in no microbatch
+    sequences: tuple[tuple[int, int], ...]  # by sequence id: which group, and which of its responses
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class _Row:
     advantage: float
     sequence_id: int
     group: int
+    index: int
 
     @property
     def length(self) -> int:
@@ -86,9 +88,10 @@ def collate(
         if signal[-1]:
             for index in np.flatnonzero(sampled):
                 response, advantage = group.trajectories[index], float(group_advantages[index])
-                rows.append(_Row(group.prompt_ids, response, advantage, sequence_id=len(rows), group=number))
+                rows.append(_Row(group.prompt_ids, response, advantage, len(rows), number, int(index)))
+    sequences = tuple((row.group, row.index) for row in rows)
     microbatches = tuple(_microbatch(part, step) for part in _packs(rows, microbatch_tokens, ranks))
-    return TrainingBatch(microbatches, counts, tuple(signal))
+    return TrainingBatch(microbatches, counts, tuple(signal), sequences)
 
 
 def idle_microbatch(like: Microbatch) -> Microbatch:

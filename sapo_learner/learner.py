@@ -54,6 +54,8 @@ class Learner:
         put the policy that the run began with."""
         self.policy, self.temperature, self.ranks = policy, temperature, ranks
         self.step_count = 0
+        self.figures = StepFigures()
+        """Of every token of the last step; None are kept of those before."""
         self.began_with: str | None = None
         """Digest of the policy that the run began with; None where nobody said."""
         self._reference_directory = reference_directory
@@ -87,7 +89,8 @@ class Learner:
         rate = learning_rate(self.settings.optimizer, self.step_count, self.settings.training.steps)
         with self.phases("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
-        figures = self._backward(batch, before) if batch.microbatches else StepFigures()
+        self.figures = StepFigures()  # first, so that those of two steps are never held at once
+        self.figures = figures = self._backward(batch, before) if batch.microbatches else self.figures
         with self.phases("optimizer"):
             # Adam's moments and the weight decay would move the weights without a gradient, too.
             norm, refusal = self._update(rate, figures.loss) if figures.learns else (0.0, "")

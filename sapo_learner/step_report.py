@@ -71,6 +71,7 @@ class StepFigures:
         columns = {
             **diagnostics.columns(tokens, surrogate),
             "entropy": tokens.entropy,
+            "sequence_id": tokens.sequence_ids,
             "weight": weights,
             "loss": loss,
             **{f"{_OWN}{name}": values for name, values in own.items()},
@@ -81,6 +82,15 @@ class StepFigures:
     def complete(self, ranks: Ranks) -> None:
         """Add what the other ranks have noted."""
         self._parts = ranks.gathered(self._parts)
+
+    def of_sequence(self, sequence_id: int) -> dict[str, Values]:
+        """Columns of `sapo_learner.diagnostics` over one response's tokens that the loss sees, in order; {} without
+        such tokens."""
+        for part in self._parts.values():
+            own = (part["sequence_id"] == sequence_id).numpy()
+            if own.any():  # a response is never split
+                return {name: part[name].numpy()[own] for name in diagnostics.COLUMNS if name in part}
+        return {}
 
     @property
     def learns(self) -> bool:

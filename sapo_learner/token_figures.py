@@ -1,7 +1,7 @@
-"""What an objective makes of each token of one recorded group, under a policy that is given: `sapo show`.
+"""What an objective makes of each token of one group: under a policy that is given, or as it was trained on.
 
-The tokens go the way that they go in training: packed, the learner's own forward pass, the objective under the run's
-settings. Nothing is updated.
+Under a given policy (`sapo show`) the tokens go the way that they go in training: packed, the learner's own forward
+pass, the objective under the run's settings. Nothing is updated.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from sapo_learner.diagnostics import coefficients
 from sapo_learner.learner import Learner
 from sapo_learner.objectives import Objective, Tokens, concatenated
 from sapo_learner.proximal import anchored, decoupled
-from sapo_learner.trajectory import TrajectoryGroup
+from sapo_learner.step_report import StepFigures
+from sapo_learner.trajectory import Trajectory, TrajectoryGroup
 
 Values = NDArray[np.float64]
 
@@ -26,8 +27,9 @@ Values = NDArray[np.float64]
 class TokenFigures:
     """Of the tokens of one response, [T] each, NaN where the policy did not sample the token.
 
-    logprobs: under the given policy. ratio: to the behaviour policy, cut off as in training. coefficient: see
-    sapo_learner.diagnostics. gate: None where the objective has none.
+    logprobs: under the policy, of a trained token no farther from the recorded one than where the ratio is cut off.
+    ratio: to the behaviour policy, cut off as in training. coefficient: see sapo_learner.diagnostics. gate: None where
+    the objective has none.
     """
 
     logprobs: Values
@@ -39,6 +41,18 @@ class TokenFigures:
     def weight(self) -> Values:
         """The gate; where there is none, the coefficient. 1 is the plain policy gradient in both."""
         return self.coefficient if self.gate is None else self.gate
+
+
+def trained_figures(figures: StepFigures, sequence_id: int, response: Trajectory) -> TokenFigures:
+    """Of a response that the learner has just trained on. figures: that step's. sequence_id: the response's in it."""
+    found = figures.of_sequence(sequence_id)
+    found["ratio"] = np.exp(found["log_ratio"])
+    found["logprobs"] = response.behaviour_logprobs[response.loss_mask] + found["log_ratio"]
+    wanted = [name for name in ("logprobs", "ratio", "coefficient", "gate") if name in found]
+    columns = {name: np.full(len(response.token_ids), np.nan) for name in wanted}
+    for name, values in columns.items():
+        values[response.loss_mask] = found[name]
+    return TokenFigures(**columns | {"gate": columns.get("gate")})
 
 
 def token_figures(

@@ -62,6 +62,8 @@ class StepReport:
     cursor: int  # last log sequence consumed
     groups: Sequence[TrajectoryGroup]  # those that were neither invalid nor stale
     advantages: Sequence[NDArray[np.float64]]  # [G] of each group in `groups`
+    ids: Sequence[str]  # entry id of each group in `groups`
+    sequences: Sequence[tuple[int, int]]  # by sequence id: which of `groups`, and which of its responses
     invalid: Mapping[str, str]  # entry id -> what was wrong with it
 
     @property
@@ -117,6 +119,8 @@ def train(
             cursor=position.cursor,
             groups=groups,
             advantages=advantages,
+            ids=ids,
+            sequences=batch.sequences,
             invalid=invalid,
         )
 

@@ -33,6 +33,7 @@ from services.learner.attention import Attention, forget
 from services.learner.publisher import Snapshot, copy_weights
 from services.learner.reader import ArchiveLog
 from services.learner.shared_log import SharedLog
+from services.learner.shown_groups import Showcase, TrainedGroup
 from services.learner.step_record import step_record
 from services.runtime.settings import RunConfig
 from services.wire import decode
@@ -57,6 +58,7 @@ class StepNews:
     record: dict[str, Any]
     report: StepReport
     progress: Progress
+    shown: TrainedGroup | None
 
 
 class TrainingSession:
@@ -84,6 +86,7 @@ class TrainingSession:
         self._probe_ids = ranks.decided(lambda: draw_sequence(policy, seed=config.run.seed, context=context))
         self.position = Position()
         self.log = ArchiveLog(archive)
+        self.showcase = Showcase(policy.tokenizer.decode)
         self.progress = Progress()
         self.saved_step = -1
         self._lever = ""  # what the last warning named
@@ -275,7 +278,8 @@ class TrainingSession:
             if first:
                 waiting = self.log.waited_seconds - waited
                 line = step_record(step, started + waiting, ended, waiting, after)
-                report(StepNews(line, step, self._note_progress()))
+                shown = self.showcase.chosen(step, self.learner)
+                report(StepNews(line, step, self._note_progress(), shown))
                 started, waited = time.time(), self.log.waited_seconds
 
     def _say(self, step: StepReport) -> None:

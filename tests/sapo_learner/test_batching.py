@@ -163,7 +163,7 @@ def test_a_group_whose_advantages_fall_on_masked_responses_has_no_signal():
 
 
 def test_nothing_to_pack_gives_no_microbatch():
-    assert packed([]) == TrainingBatch((), StepCounts(0, 0), ())
+    assert packed([]) == TrainingBatch((), StepCounts(0, 0), (), ())
     assert packed([degenerate_group(0)]).microbatches == ()
 
 
