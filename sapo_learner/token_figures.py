@@ -52,7 +52,7 @@ def trained_figures(figures: StepFigures, sequence_id: int, response: Trajectory
     columns = {name: np.full(len(response.token_ids), np.nan) for name in wanted}
     for name, values in columns.items():
         values[response.loss_mask] = found[name]
-    return TokenFigures(**columns | {"gate": columns.get("gate")})
+    return TokenFigures(columns["logprobs"], columns["ratio"], columns["coefficient"], columns.get("gate"))
 
 
 def token_figures(

@@ -267,6 +267,8 @@ class _Service:
             self._metrics.observe(news.record)
             self._metrics.checkpoint.set(self._session.saved_step)
             await self._report("training", news.record, news.progress)
+            if news.shown and (group := await asyncio.to_thread(self._session.showcase.described, news.shown)):
+                await self._control.show(group)
             if self._probe and news.progress.step % every == 0 and news.report.groups:
                 await self._check(self._probe, news.report)
             self._news.task_done()

@@ -3,6 +3,7 @@
 The figures are the step's own, so they cost no forward pass; only text is made of the tokens, and that seldom enough.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +11,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from sapo_learner.learner import Learner
 from sapo_learner.token_figures import TokenFigures, trained_figures
 from sapo_learner.train import StepReport
 from sapo_learner.trajectory import Trajectory, TrajectoryGroup
+from services.runtime.api import ShownGroup
 from services.token_text import pieces
 
+log = logging.getLogger(__name__)
 EVERY_SECONDS = 1.0
 COST = 50.0  # a group is shown at most every so many times the seconds that describing one takes
 MOST_TOKENS = 8192  # of a group's responses together; of longer ones the beginnings are shown
+MOST_CHARACTERS = 20_000  # of a prompt
 
 Text = Callable[[list[int]], str | None]
 
@@ -43,6 +48,7 @@ class Showcase:
     def __init__(self, text: Text) -> None:
         self._text = text
         self._next = 0.0  # time.monotonic
+        self._refused = False  # a group, and that it has been said
 
     def chosen(self, step: StepReport, learner: Learner) -> TrainedGroup | None:
         """The first group of the step that moves the policy, if it is time for one. learner: which has just done it."""
@@ -62,17 +68,29 @@ class Showcase:
             step.advantages[number], figures,
         )  # fmt: skip
 
-    def described(self, shown: TrainedGroup) -> dict[str, Any]:
-        """Everything about it, ready for JSON; figures of a token that are not there are None."""
+    def described(self, shown: TrainedGroup) -> ShownGroup | None:
+        """Everything about it; None for one that the control plane would not take."""
         began = time.monotonic()
+        try:
+            return ShownGroup.model_validate(self._description(shown))
+        except ValidationError as error:
+            if not self._refused:
+                log.warning("entry %s is not shown on the dashboard, nor are others like it: %s", shown.entry, error)
+            self._refused = True
+            return None
+        finally:
+            now = time.monotonic()
+            self._next = max(self._next, now + COST * (now - began))
+
+    def _description(self, shown: TrainedGroup) -> dict[str, Any]:
         group, prompt = shown.group, shown.group.prompt_ids.tolist()
         share = max(1, MOST_TOKENS // len(group.trajectories))
         gated = any(each.gate is not None for each in shown.figures.values())
-        description = {
+        return {
             "entry": shown.entry, "step": shown.step,
             **{name: getattr(group, name) for name in ("draw", "task", "prompt_id", "worker", "engine")},
             "estimator": shown.estimator, "objective": shown.objective, "weight": "gate" if gated else "coefficient",
-            "prompt": {"text": self._text(prompt), "tokens": len(prompt)},
+            "prompt": {"text": (self._text(prompt) or "")[:MOST_CHARACTERS], "tokens": len(prompt)},
             "cut": sum(max(0, len(each.token_ids) - share) for each in group.trajectories),
             "responses": [
                 {
@@ -83,9 +101,6 @@ class Showcase:
                 for index, each in enumerate(group.trajectories)
             ],
         }  # fmt: skip
-        taken = time.monotonic() - began
-        self._next = max(self._next, time.monotonic() + COST * taken)
-        return description
 
     def _tokens(self, shown: TrainedGroup, index: int, response: Trajectory, share: int) -> dict[str, list[Any]]:
         """Columns over the first `share` tokens; of one that the policy did not sample, only what it is."""

@@ -1,7 +1,7 @@
 """What crosses the control plane's HTTP API: one pydantic model per body, used by both ends."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
@@ -12,6 +12,9 @@ from services.tasks import Prompt
 EVENT_SECONDS = 15.0  # an event stream says something at least this often
 MAX_NAME = 200
 MAX_LEASES = 1 << 16  # of one body
+MAX_SHOWN_TOKENS = 1 << 18  # of one response
+ENTRY = "^[0-9]+-[0-9]+$"
+"""Of the log: GENERATION-SEQUENCE."""
 
 
 def check_worker_name(name: str) -> str:
@@ -190,6 +193,60 @@ class PublishResponse(BaseModel):
     changed: bool = False
     held_for: str = ""
     """What must end before the policy may become current: ask again."""
+
+
+class _ShownTokens(BaseModel):
+    """One response's tokens as columns of one length; None: not known, or not sampled by the policy."""
+
+    id: list[Count] = Field(max_length=MAX_SHOWN_TOKENS)
+    text: list[Annotated[str, Field(max_length=2000)] | None] = Field(max_length=MAX_SHOWN_TOKENS)
+    mask: list[bool] = Field(max_length=MAX_SHOWN_TOKENS)
+    version: list[int] = Field(max_length=MAX_SHOWN_TOKENS)
+    behaviour_logprob: list[Finite | None] = Field(max_length=MAX_SHOWN_TOKENS)
+    ratio: list[Finite | None] = Field(max_length=MAX_SHOWN_TOKENS)
+    gate_weight: list[Finite | None] = Field(max_length=MAX_SHOWN_TOKENS)
+    coefficient: list[Finite | None] = Field(max_length=MAX_SHOWN_TOKENS)
+    advantage: list[Finite | None] = Field(max_length=MAX_SHOWN_TOKENS)
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> "_ShownTokens":
+        if len({len(getattr(self, name)) for name in type(self).model_fields}) > 1:
+            raise ValueError("columns of different lengths")
+        return self
+
+
+class _ShownResponse(BaseModel):
+    response: Count
+    reward: Finite
+    rewards: dict[Annotated[str, Field(max_length=MAX_NAME)], Finite] = Field(max_length=256)
+    advantage: Finite | None
+    finish_reason: str = Field(max_length=MAX_NAME)
+    tokens: _ShownTokens
+
+
+class _ShownPrompt(BaseModel):
+    text: str | None = Field(max_length=1 << 20)
+    tokens: Count
+
+
+class ShownGroup(RequestBody):
+    """A group as it was trained, token by token, for people to look at: what `sapo show` tells, tokens as columns."""
+
+    entry: str = Field(pattern=ENTRY, max_length=60)
+    step: Count
+    draw: Count
+    task: str = Field(max_length=MAX_NAME)
+    prompt_id: str = Field(max_length=1 << 16)
+    worker: str = Field(max_length=MAX_NAME)
+    engine: str = Field(max_length=MAX_NAME)
+    estimator: str = Field(max_length=MAX_NAME)
+    objective: str = Field(max_length=2000)
+    weight: Literal["gate", "coefficient"]
+    """Which of the two `gate_weight` holds."""
+    prompt: _ShownPrompt
+    cut: Count = 0
+    """Tokens left out of the responses' ends."""
+    responses: list[_ShownResponse] = Field(max_length=4096)
 
 
 class LearnerReport(RequestBody):

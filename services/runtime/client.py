@@ -80,6 +80,9 @@ class ControlPlaneClient:
     async def learner_report(self, report: api.LearnerReport) -> None:
         await self._json("POST", "/v1/learner", report)
 
+    async def show(self, group: api.ShownGroup) -> None:
+        await self._json("POST", "/v1/groups", group)
+
     async def publish(self, request: api.PublishRequest) -> api.PublishResponse:
         return await self._post("/v1/policies", request, api.PublishResponse)
 

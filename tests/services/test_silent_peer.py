@@ -82,6 +82,14 @@ async def _events(client: ControlPlaneClient) -> None:
         pass
 
 
+def shown_group() -> api.ShownGroup:
+    facts = dict.fromkeys(("task", "prompt_id", "worker", "engine", "estimator", "objective"), "x")
+    prompt = {"text": None, "tokens": 1}
+    return api.ShownGroup.model_validate(
+        {"entry": "1-1", "step": 1, "draw": 0, **facts, "weight": "gate", "prompt": prompt, "responses": []}
+    )
+
+
 # What each call is given; "blob" and "directory" stand for the fixtures.
 HTTP: dict[str, Callable[[ControlPlaneClient, Blob, Path], Awaitable[Any]]] = {
     "config": lambda client, *_: client.config(),
@@ -96,6 +104,7 @@ HTTP: dict[str, Callable[[ControlPlaneClient, Blob, Path], Awaitable[Any]]] = {
     "learner_report": lambda client, *_: client.learner_report(
         api.LearnerReport(state="training", step=0, cursor=0, ledger={})
     ),
+    "show": lambda client, *_: client.show(shown_group()),
     "publish": lambda client, *_: client.publish(api.PublishRequest(token=1, manifest={})),
     "manifest": lambda client, *_: client.manifest(),
     "versions": lambda client, *_: client.versions(),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ def shown(news: list[StepNews]) -> list[TrainedGroup]:
 
 
 def described(shown: TrainedGroup) -> dict[str, Any]:
+    """As it arrives."""
     answer = Showcase(tiny_policy(ALPHABET, seed=0).tokenizer.decode).described(shown)
-    return dict(json.loads(json.dumps(answer, allow_nan=False)))
+    assert answer
+    return dict(json.loads(answer.model_dump_json()))
 
 
 def test_every_step_that_moves_the_policy_shows_its_first_group_that_does(news: list[StepNews]) -> None:
@@ -144,3 +147,14 @@ def test_a_group_that_was_dear_to_describe_is_not_soon_followed_by_another(
     showcase.described(step.shown)
     taken = now
     assert showcase._next == pytest.approx((1 + shown_groups.COST) * taken)
+
+
+def test_a_group_that_nobody_would_take_is_said_once_and_left_out(
+    news: list[StepNews], caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = news[0].shown
+    assert shown
+    unheard = replace(shown, entry="of no log")
+    showcase = Showcase(lambda ids: "x" * len(ids))
+    assert [showcase.described(each) for each in (unheard, unheard)] == [None, None]
+    assert caplog.text.count("entry of no log is not shown") == 1
