@@ -28,6 +28,7 @@ from services.learner.publisher import Publisher, Snapshot
 from services.learner.ranks import Orders, needs_group, orders_of, prepare, shared_policy
 from services.learner.reader import Reader
 from services.learner.session import Progress, StepNews, TrainingSession
+from services.learner.shown_groups import TrainedGroup
 from services.runstore import RunStore
 from services.runtime import api
 from services.runtime.client import ControlPlaneClient
@@ -74,6 +75,7 @@ class _Service:
         self._session: TrainingSession
         self._thread = ThreadPoolExecutor(1, "training")
         self._probe: BehaviourProbe | None = None
+        self._shows = True  # groups as they were trained
 
     async def run(self, from_step: int | None) -> None:
         """With the other ranks, if there are some: they wait for this one's orders, and then do as it does."""
@@ -267,11 +269,20 @@ class _Service:
             self._metrics.observe(news.record)
             self._metrics.checkpoint.set(self._session.saved_step)
             await self._report("training", news.record, news.progress)
-            if news.shown and (group := await asyncio.to_thread(self._session.showcase.described, news.shown)):
-                await self._control.show(group)
+            if news.shown:
+                await self._show(news.shown)
             if self._probe and news.progress.step % every == 0 and news.report.groups:
                 await self._check(self._probe, news.report)
             self._news.task_done()
+
+    async def _show(self, shown: TrainedGroup) -> None:
+        group = await asyncio.to_thread(self._session.showcase.described, shown)
+        if group and self._shows:
+            try:
+                await self._control.show(group)
+            except NotFound:
+                log.warning("the control plane is older and takes no groups to show")
+                self._shows = False
 
     async def _check(self, probe: BehaviourProbe, step: StepReport) -> None:
         try:
