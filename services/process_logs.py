@@ -8,6 +8,8 @@ import shutil
 from io import BufferedWriter
 from pathlib import Path
 
+from services.runtime.logging import as_text
+
 LOG_BYTES = 32 << 20  # of a file; its older half stays beside it as NAME.log.1
 TAIL_BYTES = 64 << 10
 
@@ -25,10 +27,12 @@ class ProcessLogs:
         return self.path(name).open("ab")
 
     def last_lines(self, name: str, count: int) -> list[str]:
+        """As a person reads them, whatever their format in the file."""
         with self.path(name).open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()[-count:]
+            lines = file.read().decode(errors="replace").splitlines()
+        return [text for line in lines[-count:] for text in as_text(line).splitlines()][-count:]
 
     def shorten(self) -> None:
         """Move logs longer than LOG_BYTES aside. Where the disk has no room for the copy, older lines are lost."""

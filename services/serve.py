@@ -22,6 +22,8 @@ app = typer.Typer(
     **PLAIN_HELP,
     help="Run one service, as in a deployment. Addresses and the token come from the environment: "
     "SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS, SAPO_REDIS_URL, SAPO_TOKEN.\n\n"
+    "Logs go to standard error: JSON lines, or text on a terminal. SAPO_LOG_FORMAT=text|json says otherwise; "
+    "SAPO_LOG_LEVEL=debug also tells the way of every group.\n\n"
     "\b\nExamples:\n  sapo serve control-plane run.yaml --listen 0.0.0.0:8080\n  sapo serve rollout --name rollout-7",
 )
 

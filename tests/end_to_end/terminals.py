@@ -25,6 +25,7 @@ import pytest
 
 from services.runstore import EmbeddedRedis
 from tests.end_to_end.conftest import SETTINGS
+from tests.logs import log_text
 
 STEPS = 60
 TORCHRUN = [
@@ -44,7 +45,7 @@ class Terminal:
 
     @property
     def said(self) -> str:
-        return self.log.read_text()
+        return log_text(self.log)
 
     def waiting_for(self) -> list[str]:
         return list(httpx.get(f"http://{self.http}/readyz", timeout=5).json()["waiting_for"])

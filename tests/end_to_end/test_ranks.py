@@ -19,6 +19,7 @@ import pytest
 
 from sapo_learner import checkpoint
 from tests.end_to_end.conftest import Stack, end, running, wait_until
+from tests.logs import log_text
 from tests.system import jsonl_run
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
@@ -53,7 +54,7 @@ class Attacked(Stack):
 
     @property
     def log(self) -> str:
-        return (self.directory / "logs" / "learner.log").read_text()
+        return log_text(self.directory / "logs" / "learner.log")
 
     def rank(self, number: int) -> int:
         """Its process id."""

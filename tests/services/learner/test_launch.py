@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing import ProcessFailure
 from sapo_learner.errors import ConfigError
 from services.learner.launch import cause
 from services.runtime.processes import PARENT
+from tests.logs import text_of
 
 UNREACHABLE = {
     "SAPO_CONTROL_PLANE_URL": "http://127.0.0.1:9", "SAPO_REDIS_URL": "redis://127.0.0.1:9", "SAPO_TOKEN": "a token",
@@ -54,7 +55,7 @@ def test_a_mistake_is_said_once_and_ends_all_ranks_at_once() -> None:
     process = launcher()
     output, _ = process.communicate(timeout=100)
     assert process.returncode == ConfigError.exit_code, output
-    said, ended = [line for line in output.splitlines() if " ERROR " in line]
+    said, ended = [line for line in text_of(output).splitlines() if " ERROR " in line]
     assert "SAPO_CONTROL_PLANE_URL: not set" in said
     assert "rank 0 of 2 died (exit code 2)" in ended
     assert "Traceback" not in output

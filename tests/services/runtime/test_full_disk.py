@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.logs import log_text
+
 PROGRAM = """
 import asyncio, logging, os, resource, sys
 from sapo_learner.errors import ConfigError
@@ -34,7 +36,7 @@ def run(tmp_path: Path, body: str, *, unbuffered: str = "1") -> tuple[int, str]:
             [sys.executable, "-c", PROGRAM.format(body=body)], stdout=output, stderr=output, timeout=60,
             env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )  # fmt: skip
-    return process.returncode, (tmp_path / "log").read_text()
+    return process.returncode, log_text(tmp_path / "log")
 
 
 def test_a_process_goes_on_while_its_log_cannot_grow_and_says_so_afterwards(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from tests.logs import text_of
+
 PROGRAM = """
 import asyncio, sys, time
 from sapo_learner.errors import ConfigError
@@ -32,7 +34,7 @@ def run(body: str, *, send: int | None = None, timeout: float = 30) -> tuple[int
         process.send_signal(send)
     started = time.monotonic()
     _, errors = process.communicate(timeout=timeout)
-    return process.returncode, errors, time.monotonic() - started
+    return process.returncode, text_of(errors), time.monotonic() - started
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
