@@ -60,7 +60,9 @@ class StepReport:
     update: UpdateReport
     outcomes: Mapping[str, int]  # entries by outcome, every outcome named
     cursor: int  # last log sequence consumed
-    groups: Sequence[TrajectoryGroup]  # those that were neither invalid nor stale
+    groups: Sequence[TrajectoryGroup]  # those that were neither invalid nor stale nor skipped
+    entries: Sequence[str]  # entry id of each group in `groups`
+    fates: Mapping[str, Outcome]  # by entry id, of every group that came in
     advantages: Sequence[NDArray[np.float64]]  # [G] of each group in `groups`
     ids: Sequence[str]  # entry id of each group in `groups`
     sequences: Sequence[tuple[int, int]]  # by sequence id: which of `groups`, and which of its responses
@@ -106,18 +108,22 @@ def train(
         with phases("decode"):
             read = _read([entry for entry in entries if entry.id not in skips], decode, oldest_step, attend)
         groups, ids, stale, invalid = read
+        fates = dict.fromkeys((entry.id for entry in skipped), Outcome.skipped)
+        fates |= dict.fromkeys(stale, Outcome.stale) | dict.fromkeys(invalid, Outcome.invalid)
         with phases("collate"):
             advantages = step_advantages(groups, settings.advantages)
             batch = _collate(groups, advantages, settings, learner)
         update = learner.step(batch, _announcing(attend, ids))
-        outcomes = _outcomes(batch, update)
-        outcomes.update({Outcome.stale: stale, Outcome.invalid: len(invalid), Outcome.skipped: len(skipped)})
+        fates |= zip(ids, _fates(batch, update), strict=True)
+        outcomes = Counter(fates.values())
         position.advance(entries[-1], outcomes)
         yield StepReport(
             update=update,
             outcomes={outcome.value: outcomes[outcome] for outcome in Outcome},
             cursor=position.cursor,
             groups=groups,
+            entries=ids,
+            fates=fates,
             advantages=advantages,
             ids=ids,
             sequences=batch.sequences,
@@ -152,11 +158,11 @@ def _obey(learner: Learner, position: Position, controls: Sequence[Entry]) -> Le
 
 def _read(
     entries: Sequence[Entry], decode: Decode, oldest_step: int, attend: Attend
-) -> tuple[list[TrajectoryGroup], list[str], int, dict[str, str]]:
-    """Groups to train on with their entries' ids, the number of those older than `oldest_step`, and why others (by
-    entry id) do not decode. A bad entry costs the run nothing but itself.
+) -> tuple[list[TrajectoryGroup], list[str], list[str], dict[str, str]]:
+    """Groups to train on with their entries' ids, the ids of those older than `oldest_step`, and why others (by entry
+    id) do not decode. A bad entry costs the run nothing but itself.
     """
-    groups, ids, stale, invalid = [], [], 0, {}
+    groups, ids, stale, invalid = [], [], [], {}
     for entry in entries:
         attend("decoding", [entry.id])
         try:
@@ -165,17 +171,17 @@ def _read(
             invalid[entry.id] = str(error)
             continue
         if group.oldest_step < oldest_step:
-            stale += 1
+            stale.append(entry.id)
         else:
             groups.append(group)
             ids.append(entry.id)
     return groups, ids, stale, invalid
 
 
-def _outcomes(batch: TrainingBatch, update: UpdateReport) -> Counter[Outcome]:
+def _fates(batch: TrainingBatch, update: UpdateReport) -> list[Outcome]:
     """Of the groups that were looked at. A step whose tokens were all dropped had nothing to learn from, either."""
     moved = Outcome.refused if update.refusal else Outcome.trained if update.applied else Outcome.degenerate
-    return Counter(moved if signal else Outcome.degenerate for signal in batch.signal)
+    return [moved if signal else Outcome.degenerate for signal in batch.signal]
 
 
 def _announcing(attend: Attend, ids: Sequence[str]) -> Callable[[Sequence[int]], None]:

@@ -131,7 +131,8 @@ class TrajectoryGroup:
     """All responses to one draw: the unit of work, of the log and of the advantage.
 
     draw: run-long integer, accepted at most once. attempt: which lease of it. prompt_ids: [P] int32.
-    seed: what the sampler was seeded with. engine: name and version, for the record.
+    seed: what the sampler was seeded with. engine: name and version, for the record. traceparent: W3C Trace Context,
+    which joins logs and steers nothing; "": none.
     """
 
     draw: int
@@ -145,6 +146,7 @@ class TrajectoryGroup:
     sampling: SamplingParameters
     engine: str
     worker: str = ""
+    traceparent: str = ""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

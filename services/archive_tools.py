@@ -232,7 +232,7 @@ def step_of(directory: Path, archive: Archive, entry: Entry) -> tuple[Step | Non
 def _described(
     group: TrajectoryGroup, advantages: Sequence[float | None], text: Callable[[list[int]], str | None]
 ) -> dict[str, Any]:
-    names = ("draw", "attempt", "task", "prompt_id", "epoch", "seed", "worker", "engine")
+    names = ("draw", "attempt", "task", "prompt_id", "epoch", "seed", "worker", "engine", "traceparent")
     prompt, sampling = group.prompt_ids.tolist(), group.sampling
     sampled = {
         name: getattr(sampling, name) for name in ("temperature", "max_tokens", "top_p", "top_k", "logprob_mode")

@@ -2,7 +2,8 @@
 
 Arrays travel as little-endian bytes with dtype and length stated (protos/sapo/v1/trajectory.proto). Decoding checks
 the layout here and everything else in the constructors of sapo_learner.trajectory; a bad message raises
-InvalidTrajectory that names the field. What depends on the run (vocabulary, known versions) is `check_against_run`.
+InvalidTrajectory that names the field. A malformed traceparent is none: no group is lost for it. What depends on the
+run (vocabulary, known versions) is `check_against_run`.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from protos.sapo.v1 import trajectory_pb2 as pb
 from sapo_learner.errors import InvalidTrajectory
 from sapo_learner.trajectory import SamplingParameters, Trajectory, TrajectoryGroup, VersionSpan
+from services.runtime.tracing import valid
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 TOKEN_BYTES = 4 + 4 + 1  # id, log-prob, mask
@@ -55,6 +57,7 @@ def to_message(group: TrajectoryGroup, *, max_bytes: int = MAX_MESSAGE_BYTES) ->
         ),
         engine=group.engine,
         worker=group.worker,
+        traceparent=group.traceparent,
     )
     size = message.ByteSize()
     if size > max_bytes - ENVELOPE_BYTES:
@@ -104,6 +107,7 @@ def from_message(message: pb.TrajectoryGroup) -> TrajectoryGroup:
             ),
             engine=message.engine,
             worker=message.worker,
+            traceparent=message.traceparent if valid(message.traceparent) else "",
         )
     except InvalidTrajectory as error:
         raise _inside(f"draw {message.draw}", error) from None

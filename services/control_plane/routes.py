@@ -12,18 +12,20 @@ from services.runtime import api
 from services.runtime.http import Door
 
 
-def add_routes(app: FastAPI, plane: ControlPlane, token: str) -> None:
+def add_routes(app: FastAPI, plane: ControlPlane, token: str, run: str = "") -> None:
+    """run: what every process calls the run in its log; "" where that is not known."""
     app.add_middleware(Door, token=token)
     router = APIRouter(prefix="/v1")
-    _run(router, plane)
+    _run(router, plane, run)
     _work(router, plane)
     _snapshots(router, plane)
     app.include_router(router)
 
 
-def _run(router: APIRouter, plane: ControlPlane) -> None:
+def _run(router: APIRouter, plane: ControlPlane, run: str) -> None:
     @router.get("/config")
-    async def config() -> dict[str, Any]:
+    async def config(response: Response) -> dict[str, Any]:
+        response.headers[api.RUN_HEADER] = run
         return plane.config.model_dump(mode="json")
 
     @router.get("/status")

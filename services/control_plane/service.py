@@ -16,6 +16,7 @@ from services.runstore import RunStore
 from services.runtime.changes import check_changes
 from services.runtime.http import Door, Front, probe_app, serving
 from services.runtime.lifecycle import Lifecycle
+from services.runtime.logging import of_run
 from services.runtime.metrics import ControlPlaneMetrics
 from services.runtime.settings import Environment, RunConfig, save_config
 
@@ -38,11 +39,13 @@ async def serve(lifecycle: Lifecycle, config: RunConfig, environment: Environmen
         store = await closed_last.enter_async_context(
             await RunStore.connect(redis_url, config.run.name, patience=patience, waiting=waiting)
         )
-        await store.claim(_identity(directory))
+        identity = _identity(directory)
+        of_run(run := f"{config.run.name}-{identity}")
+        await store.claim(identity)
         plane = ControlPlane(config, store, await _take_over(store, directory), metrics)
         save_config(config)
         await plane.open()
-        add_routes(app, plane, token)
+        add_routes(app, plane, token, run)
         front.app = app
         log.info("control plane of run %r on %s, files in %s", config.run.name, url, directory)
         lifecycle.ready()

@@ -17,6 +17,7 @@ from services.runtime.client import ControlPlaneClient
 from services.runtime.grpc_errors import abort
 from services.runtime.http import probe_app, refuse_taken, serving
 from services.runtime.lifecycle import Lifecycle
+from services.runtime.logging import of_run
 from services.runtime.metrics import IngestMetrics
 from services.runtime.settings import Environment
 from services.wire import MAX_MESSAGE_BYTES
@@ -63,6 +64,7 @@ async def serve(
             url, token, patience=patience, waiting=lifecycle.peer("control plane")
         ) as control:
             config = await control.config()
+            of_run(control.run)
         async with await RunStore.connect(
             redis_url, config.run.name, patience=patience, waiting=lifecycle.peer("Redis")
         ) as store:

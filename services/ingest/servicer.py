@@ -25,8 +25,10 @@ from services.ingest.own_acks import OwnAcks
 from services.runstore import Refusal, RunStore
 from services.runtime import api
 from services.runtime.grpc_errors import abort
+from services.runtime.logging import about
 from services.runtime.metrics import IngestMetrics
 from services.runtime.settings import RunConfig
+from services.runtime.tracing import trace_id
 from services.wire import check_against_run, from_message
 
 log = logging.getLogger(__name__)
@@ -127,13 +129,15 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
 
     async def _accept(self, message: trajectory_pb2.TrajectoryGroup, worker: str) -> pb.Ack:
         started = time.perf_counter()
-        ack = pb.Ack(draw=message.draw, attempt=message.attempt)
-        try:
-            await self._judge(message, worker, ack)
-        except (Unavailable, Unauthenticated) as error:
-            # Redis is away. Whether it took the group before or not, the worker keeps it and asks again.
-            log.warning("draw %d must wait: %s", message.draw, error)
-            ack.status, ack.reason = pb.Ack.STATUS_NOT_READY, str(error)
+        ack, trace = pb.Ack(draw=message.draw, attempt=message.attempt), trace_id(message.traceparent)
+        with about(draw=message.draw, attempt=message.attempt, worker=worker, trace_id=trace):
+            try:
+                await self._judge(message, worker, ack)
+            except (Unavailable, Unauthenticated) as error:
+                # Redis is away. Whether it took the group before or not, the worker keeps it and asks again.
+                log.warning("draw %d must wait: %s", message.draw, error)
+                ack.status, ack.reason = pb.Ack.STATUS_NOT_READY, str(error)
+            _tell(ack)
         if ack.status in (pb.Ack.STATUS_FULL, pb.Ack.STATUS_NOT_READY):
             ack.retry_after_ms = RETRY_MS
         self._metrics.acks.labels(pb.Ack.Status.Name(ack.status).removeprefix("STATUS_").lower()).inc()
@@ -144,6 +148,8 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
         """Validate, append, and note the result in `ack`. Raises Unavailable."""
         try:
             group = from_message(message)
+            if not group.traceparent:
+                message.ClearField("traceparent")  # what is malformed stays out of the log
             await self._learn_of(group)
             check_against_run(group, vocabulary=int(self._facts["vocabulary"]), versions=self._versions)
             self._check_against_config(group)
@@ -217,6 +223,16 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
             if context is not None and length > context:
                 what = f"prompt and response have {length} tokens, the model's context is {context}"
                 raise InvalidTrajectory(what, where=where, fix="stop sampling there, or lower sampling.max_tokens")
+
+
+def _tell(ack: pb.Ack) -> None:
+    """The way of each group at DEBUG; what is unusual is INFO, or was said already."""
+    if ack.status == pb.Ack.STATUS_ACCEPTED:
+        log.debug("draw %d is entry %s of the log", ack.draw, ack.entry_id, extra={"entry": ack.entry_id})
+    elif ack.status in (pb.Ack.STATUS_DUPLICATE, pb.Ack.STATUS_EXPIRED):
+        log.info("%s", ack.reason)
+    elif ack.status != pb.Ack.STATUS_INVALID:
+        log.debug("draw %d must wait: %s", ack.draw, ack.reason)
 
 
 def _out_of_order(worker: str) -> InvalidTrajectory:

@@ -22,6 +22,7 @@ from sapo_learner.policy import Policy
 from sapo_learner.sharding import check_shardable, checkpoint_activations, sharded
 from services.learner.session import TrainingSession
 from services.runtime.lifecycle import say_why
+from services.runtime.logging import of_run
 from services.runtime.settings import RunConfig
 
 
@@ -35,6 +36,8 @@ class Orders:
     """The small ones of the policy's model directory."""
     packs: bool
     """Whether the policy's model runs on packed rows."""
+    run: str
+    """What the run is called in logs."""
 
 
 def follows() -> bool:
@@ -74,12 +77,12 @@ def shared_policy(policy: Policy, orders: Orders, ranks: Ranks) -> Policy:
     return sharded(shape, ranks, config.parallel, device_of_rank(), policy.tensors())
 
 
-def orders_of(config: RunConfig, policy: Policy, token: int) -> Orders:
+def orders_of(config: RunConfig, policy: Policy, token: int, run: str) -> Orders:
     """Raises ConfigError for a policy that several ranks cannot train."""
     if needs_group(config):
         use_packing(policy)
         check_shardable(policy)
-    return Orders(config, token, dict(policy.files), packs(policy))
+    return Orders(config, token, dict(policy.files), packs(policy), run)
 
 
 def _shape(orders: Orders) -> Policy:
@@ -112,6 +115,7 @@ def _asked_to_stop(answer: signal.Handlers) -> None:
 def _follow(ranks: Ranks, device: torch.device) -> None:
     orders: Orders = ranks.awaited(_nothing)
     config = orders.config
+    of_run(orders.run)
     prepare(config)
     policy = sharded(_shape(orders), ranks, config.parallel, device, None)
     session = TrainingSession(config, policy, None, orders.token, ranks)

@@ -95,6 +95,7 @@ class Reader:
             for part in _frames(entries):
                 started = time.monotonic()
                 await asyncio.to_thread(self._archive.append, part)
+                _tell(part)
                 self.archive_seconds += time.monotonic() - started
             self._said = False
         except Corrupt:
@@ -121,6 +122,13 @@ class Reader:
             if await self._store.needs_rebuild(self._archive.head) is None:
                 raise
             await self.mend()
+
+
+def _tell(archived: list[Entry]) -> None:
+    for each in archived if log.isEnabledFor(logging.DEBUG) else ():
+        if each.kind == GROUP:
+            fields = {"entry": each.id, "draw": each.draw}
+            log.debug("draw %d is archived as entry %s", each.draw, each.id, extra=fields)
 
 
 def _frames(entries: list[Entry]) -> Iterator[list[Entry]]:

@@ -34,6 +34,7 @@ from services.runtime import api
 from services.runtime.client import ControlPlaneClient
 from services.runtime.http import probe_app, serving
 from services.runtime.lifecycle import DRAIN_GRACE_SECONDS, Lifecycle
+from services.runtime.logging import of_run
 from services.runtime.metrics import LearnerMetrics
 from services.runtime.settings import Environment, RunConfig, save_config
 
@@ -54,6 +55,7 @@ async def serve(
         ControlPlaneClient(url, token, patience=patience, waiting=lifecycle.peer("control plane")) as control,
     ):
         config = await control.config()
+        of_run(control.run)
         waiting = lifecycle.peer("Redis")
         async with await RunStore.connect(redis_url, config.run.name, patience=patience, waiting=waiting) as store:
             await _Service(lifecycle, config, control, store, metrics, patience).run(from_step)
@@ -118,7 +120,7 @@ class _Service:
             waiting = self._lifecycle.peer("Redis")
             reader = Reader(self._store, archive, token, patience=self._patience, waiting=waiting)
             await reader.mend()
-            orders.set_result(orders_of(config, whole, token))
+            orders.set_result(orders_of(config, whole, token, self._control.run))
             policy = await self._in_training(shared_policy, whole, await telling, ranks)
             del whole  # what is trained may be a share of it
             self._session = session = await self._in_training(TrainingSession, config, policy, archive, token, ranks)

@@ -29,12 +29,14 @@ from sapo_learner.resume import capture, environment_of, restore_from
 from sapo_learner.sharding import ShardedPolicy
 from sapo_learner.step_report import UpdateReport
 from sapo_learner.train import Position, StepReport, train
+from services.learner import fates
 from services.learner.attention import Attention, forget
 from services.learner.publisher import Snapshot, copy_weights
 from services.learner.reader import ArchiveLog
 from services.learner.shared_log import SharedLog
 from services.learner.shown_groups import Showcase, TrainedGroup
 from services.learner.step_record import step_record
+from services.runtime.logging import about
 from services.runtime.settings import RunConfig
 from services.wire import decode
 
@@ -265,7 +267,8 @@ class TrainingSession:
             ended, number = time.time(), step.update.step
             last = self.learner.settings.training.steps
             if first:
-                self._say(step)
+                with about(step=number):
+                    self._say(step)
             if number % config.checkpoint.every == 0 or number == last:
                 with phases("checkpoint"):
                     self.save()
@@ -285,8 +288,9 @@ class TrainingSession:
     def _say(self, step: StepReport) -> None:
         """What of a step somebody should read."""
         number = step.update.step
+        fates.tell(step)
         for entry, reason in step.invalid.items():
-            log.error("entry %s is invalid: %s", entry, reason)
+            log.error("entry %s is invalid: %s", entry, reason, extra={"entry": entry})
         if warning := self._new_warning(step.update):
             log.warning("step %d: %s", number, warning)
         self._warn_of_absent_components(step)

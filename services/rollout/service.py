@@ -26,6 +26,7 @@ from services.rollout.worker import Worker
 from services.runtime.client import ControlPlaneClient
 from services.runtime.http import probe_app, serving
 from services.runtime.lifecycle import Lifecycle
+from services.runtime.logging import adopt_libraries, of_run
 from services.runtime.metrics import RolloutMetrics
 from services.runtime.settings import Environment, RunConfig
 
@@ -53,10 +54,12 @@ async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, ht
             ControlPlaneClient(url, token, patience=patience, waiting=lifecycle.peer("control plane")) as control,
         ):
             config = await control.config()
+            of_run(control.run)
             torch.set_num_threads(config.engine.threads)
             with Scorer(config.scored, config.scoring, metrics) as scorer:
                 parts = _Parts(name, control, PolicyStore(control, scratch), scorer, metrics)
                 first = await _first_policy(lifecycle, config, parts.store)
+                adopt_libraries()  # an engine's are imported when it starts
                 if first is not None:
                     await _work(lifecycle, environment, config, parts, *first)
 

@@ -29,8 +29,10 @@ from services.rollout.responder import Responder, ended
 from services.rollout.sender import GroupSender, Key
 from services.runtime import api
 from services.runtime.client import ControlPlaneClient
+from services.runtime.logging import about
 from services.runtime.metrics import RolloutMetrics
 from services.runtime.settings import RunConfig
+from services.runtime.tracing import new_traceparent, trace_id
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
@@ -47,6 +49,7 @@ class _Lease:
     sent: ingest may have accepted it."""
 
     draw: api.LeasedDraw
+    traceparent: str
     task: asyncio.Task[None]
     tokens: int = 0
     sampled: bool = False
@@ -118,7 +121,10 @@ class Worker:
 
     def _start(self, draw: api.LeasedDraw, tasks: asyncio.TaskGroup) -> None:
         key = (draw.draw, draw.attempt)
-        self._leases[key] = _Lease(draw, tasks.create_task(self._work_on(key)))
+        traceparent = new_traceparent()
+        with about(draw=draw.draw, attempt=draw.attempt, worker=self.name, trace_id=trace_id(traceparent)):
+            self._leases[key] = _Lease(draw, traceparent, tasks.create_task(self._work_on(key)))
+            log.debug("draw %d leased", draw.draw)
         # Not in the task's own finally: a task that is cancelled before its first step never gets there.
         self._leases[key].task.add_done_callback(lambda _: self._free(key))
 
@@ -181,7 +187,8 @@ class Worker:
             lease = self._leases.get((each.draw, each.attempt))
             # A group on its way to ingest may have been accepted in this moment.
             if lease and not lease.sent:
-                log.info("lease of draw %d lost: sampling stopped", each.draw)
+                fields = {"draw": each.draw, "attempt": each.attempt, "trace_id": trace_id(lease.traceparent)}
+                log.info("lease of draw %d lost: sampling stopped", each.draw, extra=fields)
                 lease.task.cancel()
 
     def _take_progress(self) -> list[api.LeaseProgress]:
@@ -207,13 +214,16 @@ class Worker:
         prompt_ids, count = self._responder.encode(draw.task, draw.prompt), self._config.sampling.group_size
         sampled = await self._responder.respond(draw.task, draw.prompt, draw.seed, count, progress, prompt_ids)
         lease.sampled = True
+        log.debug("draw %d sampled: %d tokens", draw.draw, sum(len(each.token_ids) for each in sampled))
         rewards = await self._responder.rewards(draw.task, draw.prompt, sampled)
         await self._follower.proved(max((span.version for each in sampled for span in each.spans), default=-1))
         self._observe(sampled)
         self._look_for_success(draw, sampled, rewards)
         lease.sent = True
         trajectories = [_trajectory(*each) for each in zip(sampled, rewards, strict=True)]
-        self._settle(await self._sender.send(self._group(draw, prompt_ids, trajectories)))
+        group = self._group(lease, prompt_ids, trajectories)
+        log.debug("draw %d scored: it is sent", draw.draw)
+        self._settle(await self._sender.send(group))
 
     def _look_for_success(
         self, draw: api.LeasedDraw, sampled: Sequence[Sampled], rewards: Sequence[dict[str, float]]
@@ -235,12 +245,13 @@ class Worker:
             self._notes.append(note)
             self._hopeless = None
 
-    def _group(self, draw: api.LeasedDraw, prompt_ids: list[int], trajectories: list[Trajectory]) -> TrajectoryGroup:
+    def _group(self, lease: _Lease, prompt_ids: list[int], trajectories: list[Trajectory]) -> TrajectoryGroup:
+        draw = lease.draw
         return TrajectoryGroup(
             draw=draw.draw, attempt=draw.attempt, task=draw.task, prompt_id=draw.prompt.id,
             epoch=draw.epoch, seed=draw.seed, prompt_ids=np.array(prompt_ids, np.int32),
             trajectories=tuple(trajectories), sampling=self._config.sampling.parameters(),
-            engine=self._engine.name, worker=self.name,
+            engine=self._engine.name, worker=self.name, traceparent=lease.traceparent,
         )  # fmt: skip
 
     def _observe(self, sampled: Sequence[Sampled]) -> None:
@@ -256,6 +267,10 @@ class Worker:
         self._invalid = self._invalid + 1 if ack.status == pb.Ack.STATUS_INVALID else 0
         if self._invalid:
             log.error("ingest refused draw %d: %s", ack.draw, ack.reason)
+        else:
+            level = logging.DEBUG if ack.status == pb.Ack.STATUS_ACCEPTED else logging.INFO
+            with about(entry=ack.entry_id):
+                log.log(level, "%s", ack.reason or f"draw {ack.draw} is entry {ack.entry_id} of the log")
         if self._invalid >= MAX_INVALID:
             raise InvalidTrajectory(f"ingest refused {self._invalid} groups in a row, the last: {ack.reason}")
 

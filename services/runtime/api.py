@@ -9,6 +9,7 @@ from sapo_learner.trajectory import FinishReason
 from services.runtime.sampling_settings import ChatSettings
 from services.tasks import Prompt
 
+RUN_HEADER = "Sapo-Run"  # of the configuration: which run it is, in one word
 EVENT_SECONDS = 15.0  # an event stream says something at least this often
 MAX_NAME = 200
 MAX_LEASES = 1 << 16  # of one body

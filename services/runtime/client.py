@@ -40,6 +40,7 @@ class ControlPlaneClient:
         waiting: Callable[[str | None], None] = lambda _: None,
     ) -> None:
         self.url, self.patience, self._waiting = url.rstrip("/"), patience, waiting
+        self.run = ""  # its name and its directory's id, once `config` was answered
         self._answer_seconds = min(answer_seconds, patience / 2)  # so that one is tried again
         self._http = httpx.AsyncClient(
             base_url=self.url, headers={"Authorization": f"Bearer {token}"}, timeout=self._timeout()
@@ -173,6 +174,7 @@ class ControlPlaneClient:
                 if response.status_code >= 400 and response.status_code not in accept:
                     raise _error(response)
                 self._waiting(None)
+        self.run = response.headers.get(api.RUN_HEADER, self.run)
         return response
 
     def _retrying(self) -> AsyncRetrying:

@@ -61,16 +61,22 @@ def configure(service: str) -> None:
     level = _chosen("SAPO_LOG_LEVEL", LEVELS, "info").upper()
     form = _chosen("SAPO_LOG_FORMAT", FORMATS, "text" if sys.stderr.isatty() else "json")
     _process.update(service=service)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_with_fields)
-    handler.setFormatter(_Json() if form == "json" else _text())
-    logging.basicConfig(level=max(logging.INFO, getattr(logging, level)), handlers=[handler], force=True)
+    handlers = [event_handler(sys.stderr, form)]
+    logging.basicConfig(level=max(logging.INFO, getattr(logging, level)), handlers=handlers, force=True)
     for ours in OURS:
         logging.getLogger(ours).setLevel(logging.DEBUG if level == "DEBUG" else logging.NOTSET)
     for noisy in ("httpx", "httpcore", "asyncio", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     adopt_libraries()
+
+
+def event_handler(stream: TextIO, form: str) -> logging.Handler:
+    """Writes events with the fields of the work that they belong to. form: one of FORMATS."""
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(_with_fields)
+    handler.setFormatter(_Json() if form == "json" else _text())
+    return handler
 
 
 def adopt_libraries() -> None:

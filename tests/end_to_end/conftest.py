@@ -105,6 +105,7 @@ def wait_until(condition: Callable[[], Any], *, seconds: float, what: str, proce
 def stack(tmp_path_factory: pytest.TempPathFactory, warm_starts: Path) -> Stack:
     root = tmp_path_factory.mktemp("stack")
     stack = Stack(root / "run", environment={"SAPO_CACHE_DIR": str(warm_starts), "SAPO_TOKEN": secrets.token_hex(8)})
+    stack.environment["SAPO_LOG_LEVEL"] = "debug"
     (root / "run.yaml").write_text("policy: {source: tiny}\n")
     command = [sys.executable, "-m", "services.cli", "up", str(root / "run.yaml")]
     command += [f"--set={key}={value}" for key, value in {**SETTINGS, "run.dir": stack.directory}.items()]

@@ -170,6 +170,21 @@ def test_memory_on_disk_is_bounded_by_configuration(stack: Stack) -> None:
     assert not list((stack.directory / "staging").glob("*.part*"))
 
 
+def test_one_group_is_followed_through_the_logs_of_all_processes(stack: Stack) -> None:
+    *_, last = (entry for entry in Archive(stack.directory / "archive", None).entries() if entry.kind == GROUP)
+    group, logs = decode(last.payload), sorted((stack.directory / "logs").glob("*.log"))
+    trace = trace_id(group.traceparent)
+    every = [event for path in logs for event in events(path)]
+    way = [each for each in every if trace in (each.get("trace_id"), "") or each.get("entry") == last.id]
+    fate = {"trained", "degenerate"}
+    assert [(each["service"], fate.intersection(each["message"].split()) or each["message"]) for each in way] == [
+        *sorted([
+            ("ingest", f"draw {group.draw} is entry {last.id} of the log"),
+            ("learner", f"draw {group.draw} is archived as entry {last.id}"),
+        ]),
+    ]  # fmt: skip
+
+
 def test_eval_and_sample_read_the_run(stack: Stack) -> None:
     result = stack.sapo("eval", str(stack.directory), "--samples", "1", "--json")
     assert result.returncode == 0, result.stderr

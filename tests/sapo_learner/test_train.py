@@ -1,5 +1,6 @@
 """The loop over the log: every entry gets one outcome (I1), and the same log gives the same weights (I3)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from sapo_learner.archive import GENESIS
 from sapo_learner.config import LearnerSettings, ObjectiveSettings
 from sapo_learner.errors import Corrupt
 from sapo_learner.learner import Learner
-from sapo_learner.ledger import Ledger
+from sapo_learner.ledger import Ledger, Outcome
 from sapo_learner.policy import tiny_policy
 from sapo_learner.resume import capture, restore
 from sapo_learner.snapshot import weights_digest
@@ -24,6 +25,7 @@ from tests.recorded import ALPHABET, RecordedLog, degenerate_group, group, rando
 
 torch.set_num_threads(1)
 STEPS, GROUPS = 5, 3
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 def settings_of(objective: str = "sapo", **training: Any) -> LearnerSettings:
@@ -117,6 +119,31 @@ def test_the_position_is_moved_before_the_report_comes():
 
 
 # ---- Outcomes
+
+
+def test_what_became_of_each_entry_is_told_by_its_id():
+    log, run = RecordedLog(payloads()), Run(settings_of())
+    fates = {}
+    for report in run.steps(log):
+        assert [report.outcomes[fate] for fate in Outcome] == [Counter(report.fates.values())[fate] for fate in Outcome]
+        assert [group.draw for group in report.groups] == [
+            entry.draw for entry in log.entries if entry.id in report.entries
+        ]
+        fates |= report.fates
+    assert fates.keys() == {entry.id for entry in log.entries}
+    other = {log.entries[7].id: "invalid"} | {log.entries[index].id: "degenerate" for index in (4, 9, 14)}
+    assert {entry: fate.value for entry, fate in fates.items() if fate != "trained"} == other
+
+
+def test_a_trace_changes_nothing_in_training():
+    traced = [encode(replace(decode(each), traceparent=TRACE)) if each != b"rubbish" else each for each in payloads()]
+    assert traced != payloads()
+    runs = []
+    for log in (payloads(), traced):
+        runs.append(Run(settings_of()))
+        runs[-1].steps(RecordedLog(log))
+    assert runs[0].digest() == runs[1].digest()
+    assert runs[0].position.ledger == runs[1].position.ledger
 
 
 def test_i1_every_entry_gets_one_outcome_and_they_sum_to_the_cursor():

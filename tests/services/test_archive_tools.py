@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from tests.recorded import ALPHABET, entries, random_group
 from tests.small_run import group, run_config, trajectory
 
 GROUPS = 8
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 PACING = Pacing(groups_per_step=10, lookahead=8, max_policy_age=8, steps=100, lease_seconds=30, max_lease_seconds=60)
 
 
@@ -41,7 +43,7 @@ def config(tmp_path: Path) -> RunConfig:
 def run(config: RunConfig) -> Path:
     """A stopped run with a control entry in the middle of eight groups, in several segments."""
     directory = config.run.directory
-    payloads = [encode(random_group(draw)) for draw in range(GROUPS)]
+    payloads = [encode(replace(random_group(draw), traceparent=TRACE)) for draw in range(GROUPS)]
     fill(directory, entries([*payloads[:4], config.learner, *payloads[4:]]))
     return directory
 
@@ -124,9 +126,9 @@ def test_a_group_is_shown_in_full(run: Path, config: RunConfig, wanted: str) -> 
     policy = tiny_policy(ALPHABET, seed=0)
     write_policy(policy, run / "model")
     save(run, 0, None, settings=config.learner)
-    found, group = archive_tools.show(run, wanted), random_group(2)
+    found, group = archive_tools.show(run, wanted), replace(random_group(2), traceparent=TRACE)
     json.dumps(found)
-    for name in ("draw", "attempt", "task", "prompt_id", "epoch", "seed", "worker", "engine"):
+    for name in ("draw", "attempt", "task", "prompt_id", "epoch", "seed", "worker", "engine", "traceparent"):
         assert found[name] == getattr(group, name)
     assert (found["entry"], found["kind"], found["skipped"]) == ("1-3", "group", None)
     assert (found["step"], found["estimator"], found["advantages_note"]) == (2, "group", "")

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from protos.sapo.v1 import trajectory_pb2 as pb
 from sapo_learner.errors import InvalidTrajectory
 from sapo_learner.trajectory import SamplingParameters, Trajectory, TrajectoryGroup, VersionSpan
+from services.runtime.tracing import new_traceparent
 from services.wire import MAX_MESSAGE_BYTES, check_against_run, decode, encode, from_message, to_message
 from tests.small_run import group, trajectory
 
 REWARD_NAMES = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3, unique=True)
-FINITE = st.floats(allow_nan=False, allow_infinity=False)
+FINITE = st.floats(-1e300, 1e300)  # three of which sum to a number
 VERSIONS = st.integers(0, 2**63 - 1)
 
 
@@ -53,6 +54,7 @@ def groups(draw: st.DrawFn) -> TrajectoryGroup:
         sampling=SamplingParameters(temperature, draw(st.integers(1, 2**32 - 1)), logprob_mode=mode),
         engine=draw(st.text(max_size=8)),
         worker=draw(st.text(max_size=8)),
+        traceparent=draw(st.sampled_from(["", new_traceparent()])),
     )
 
 
@@ -96,6 +98,32 @@ def test_arrays_travel_little_endian() -> None:
         pb.DTYPE_FLOAT32,
         pb.DTYPE_BOOL,
     ]
+
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def test_the_trace_travels_and_a_group_of_a_peer_that_knows_none_has_none() -> None:
+    assert decode(encode(group(traceparent=TRACE))).traceparent == TRACE
+    message = to_message(group(traceparent=TRACE))
+    message.ClearField("traceparent")
+    assert message.SerializeToString(deterministic=True) == encode(group()), "as groups were before there were traces"
+    assert from_message(message).traceparent == ""
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        "x", TRACE[:-1], TRACE + "0", TRACE + "\n", TRACE.upper(), TRACE.replace("4b", "4g"), "ff" + TRACE[2:],
+        f"00-{'0' * 32}-00f067aa0ba902b7-01", f"00-4bf92f3577b34da6a3ce929d0e0e4736-{'0' * 16}-01", "\0" * 55,
+        TRACE * 100_000,
+    ],
+)  # fmt: skip
+def test_no_group_is_refused_for_a_trace_that_is_malformed(malformed: str) -> None:
+    message = to_message(group())
+    message.traceparent = malformed
+    assert from_message(message).traceparent == ""
+    assert decode(message.SerializeToString()).traceparent == ""
 
 
 def test_what_was_decoded_cannot_be_changed() -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/sapo/v1/trajectory.proto\x12\x07sapo.v1\"D\n\x05\x41rray\x12\x1d\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0e.sapo.v1.DType\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"J\n\x0bVersionSpan\x12\x0e\n\x06length\x18\x01 \x01(\r\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0bpolicy_step\x18\x03 \x01(\x04\"\x87\x01\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12*\n\x0clogprob_mode\x18\x05 \x01(\x0e\x32\x14.sapo.v1.LogprobMode\"\xb4\x02\n\nTrajectory\x12!\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x0e.sapo.v1.Array\x12*\n\x12\x62\x65haviour_logprobs\x18\x02 \x01(\x0b\x32\x0e.sapo.v1.Array\x12!\n\tloss_mask\x18\x03 \x01(\x0b\x32\x0e.sapo.v1.Array\x12#\n\x05spans\x18\x04 \x03(\x0b\x32\x14.sapo.v1.VersionSpan\x12\x31\n\x07rewards\x18\x05 \x03(\x0b\x32 .sapo.v1.Trajectory.RewardsEntry\x12,\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x15.sapo.v1.FinishReason\x1a.\n\x0cRewardsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa4\x02\n\x0fTrajectoryGroup\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04\x64raw\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x11\n\tprompt_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\r\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\"\n\nprompt_ids\x18\x08 \x01(\x0b\x32\x0e.sapo.v1.Array\x12)\n\x0ctrajectories\x18\t \x03(\x0b\x32\x13.sapo.v1.Trajectory\x12-\n\x08sampling\x18\n \x01(\x0b\x32\x1b.sapo.v1.SamplingParameters\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\x0e\n\x06worker\x18\x0c \x01(\t*R\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44TYPE_INT32\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x0e\n\nDTYPE_BOOL\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*]\n\x0bLogprobMode\x12\x1c\n\x18LOGPROB_MODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16LOGPROB_MODE_PROCESSED\x10\x01\x12\x14\n\x10LOGPROB_MODE_RAW\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/sapo/v1/trajectory.proto\x12\x07sapo.v1\"D\n\x05\x41rray\x12\x1d\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0e.sapo.v1.DType\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"J\n\x0bVersionSpan\x12\x0e\n\x06length\x18\x01 \x01(\r\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0bpolicy_step\x18\x03 \x01(\x04\"\x87\x01\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12*\n\x0clogprob_mode\x18\x05 \x01(\x0e\x32\x14.sapo.v1.LogprobMode\"\xb4\x02\n\nTrajectory\x12!\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x0e.sapo.v1.Array\x12*\n\x12\x62\x65haviour_logprobs\x18\x02 \x01(\x0b\x32\x0e.sapo.v1.Array\x12!\n\tloss_mask\x18\x03 \x01(\x0b\x32\x0e.sapo.v1.Array\x12#\n\x05spans\x18\x04 \x03(\x0b\x32\x14.sapo.v1.VersionSpan\x12\x31\n\x07rewards\x18\x05 \x03(\x0b\x32 .sapo.v1.Trajectory.RewardsEntry\x12,\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x15.sapo.v1.FinishReason\x1a.\n\x0cRewardsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb9\x02\n\x0fTrajectoryGroup\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04\x64raw\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x11\n\tprompt_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\r\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\"\n\nprompt_ids\x18\x08 \x01(\x0b\x32\x0e.sapo.v1.Array\x12)\n\x0ctrajectories\x18\t \x03(\x0b\x32\x13.sapo.v1.Trajectory\x12-\n\x08sampling\x18\n \x01(\x0b\x32\x1b.sapo.v1.SamplingParameters\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\x0e\n\x06worker\x18\x0c \x01(\t\x12\x13\n\x0btraceparent\x18\r \x01(\t*R\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44TYPE_INT32\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x0e\n\nDTYPE_BOOL\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*]\n\x0bLogprobMode\x12\x1c\n\x18LOGPROB_MODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16LOGPROB_MODE_PROCESSED\x10\x01\x12\x14\n\x10LOGPROB_MODE_RAW\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRAJECTORY_REWARDSENTRY']._loaded_options = None
   _globals['_TRAJECTORY_REWARDSENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=934
-  _globals['_DTYPE']._serialized_end=1016
-  _globals['_FINISHREASON']._serialized_start=1018
-  _globals['_FINISHREASON']._serialized_end=1113
-  _globals['_LOGPROBMODE']._serialized_start=1115
-  _globals['_LOGPROBMODE']._serialized_end=1208
+  _globals['_DTYPE']._serialized_start=955
+  _globals['_DTYPE']._serialized_end=1037
+  _globals['_FINISHREASON']._serialized_start=1039
+  _globals['_FINISHREASON']._serialized_end=1134
+  _globals['_LOGPROBMODE']._serialized_start=1136
+  _globals['_LOGPROBMODE']._serialized_end=1229
   _globals['_ARRAY']._serialized_start=44
   _globals['_ARRAY']._serialized_end=112
   _globals['_VERSIONSPAN']._serialized_start=114
@@ -50,5 +50,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAJECTORY_REWARDSENTRY']._serialized_start=591
   _globals['_TRAJECTORY_REWARDSENTRY']._serialized_end=637
   _globals['_TRAJECTORYGROUP']._serialized_start=640
-  _globals['_TRAJECTORYGROUP']._serialized_end=932
+  _globals['_TRAJECTORYGROUP']._serialized_end=953
 # @@protoc_insertion_point(module_scope)

@@ -94,7 +94,7 @@ class Trajectory(_message.Message):
     def __init__(self, token_ids: _Optional[_Union[Array, _Mapping]] = ..., behaviour_logprobs: _Optional[_Union[Array, _Mapping]] = ..., loss_mask: _Optional[_Union[Array, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[VersionSpan, _Mapping]]] = ..., rewards: _Optional[_Mapping[str, float]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
 
 class TrajectoryGroup(_message.Message):
-    __slots__ = ("schema_version", "draw", "attempt", "task", "prompt_id", "epoch", "seed", "prompt_ids", "trajectories", "sampling", "engine", "worker")
+    __slots__ = ("schema_version", "draw", "attempt", "task", "prompt_id", "epoch", "seed", "prompt_ids", "trajectories", "sampling", "engine", "worker", "traceparent")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     DRAW_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class TrajectoryGroup(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     draw: int
     attempt: int
@@ -119,4 +120,5 @@ class TrajectoryGroup(_message.Message):
     sampling: SamplingParameters
     engine: str
     worker: str
-    def __init__(self, schema_version: _Optional[int] = ..., draw: _Optional[int] = ..., attempt: _Optional[int] = ..., task: _Optional[str] = ..., prompt_id: _Optional[str] = ..., epoch: _Optional[int] = ..., seed: _Optional[int] = ..., prompt_ids: _Optional[_Union[Array, _Mapping]] = ..., trajectories: _Optional[_Iterable[_Union[Trajectory, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., engine: _Optional[str] = ..., worker: _Optional[str] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, schema_version: _Optional[int] = ..., draw: _Optional[int] = ..., attempt: _Optional[int] = ..., task: _Optional[str] = ..., prompt_id: _Optional[str] = ..., epoch: _Optional[int] = ..., seed: _Optional[int] = ..., prompt_ids: _Optional[_Union[Array, _Mapping]] = ..., trajectories: _Optional[_Iterable[_Union[Trajectory, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., engine: _Optional[str] = ..., worker: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...

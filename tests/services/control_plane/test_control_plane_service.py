@@ -72,7 +72,10 @@ async def test_it_serves_until_it_is_asked_to_stop_and_then_ends_in_peace(
 ) -> None:
     async with process(config, redis) as started:
         async with ControlPlaneClient(f"http://{started.address}", TOKEN) as client:
+            assert client.run == "", "not known yet"
             assert await client.config() == config
+            await client.status()  # which does not say it
+            assert client.run == f"{config.run.name}-{(config.run.directory / 'run.id').read_text()}"
         assert load_config(config.run.directory / "run.yaml") == config
         assert await started.stop() is None
 

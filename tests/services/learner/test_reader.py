@@ -13,6 +13,7 @@ from sapo_learner.archive import Archive, Entry, Head
 from services.learner import reader as reader_module
 from services.learner.reader import ArchiveLog, Reader
 from services.runstore import EmbeddedRedis, Pacing, RunStore
+from tests.logs import heard
 
 PACING = Pacing(groups_per_step=10, lookahead=8, max_policy_age=8, steps=100, lease_seconds=30, max_lease_seconds=60)
 
@@ -76,8 +77,11 @@ async def test_entries_move_to_the_archive_in_order_and_leave_redis(store: RunSt
     learner = await Learner(store, tmp_path).start()
     await learner.open_registry()
     draws = await learner.accept(7)
-    await learner.read_until(lambda: learner.archive.head.sequence == 7)
+    with heard() as events:
+        await learner.read_until(lambda: learner.archive.head.sequence == 7)
     assert learner.draws() == draws
+    told = [(each["draw"], each["entry"]) for each in events if "is archived as" in each["message"]]
+    assert told == [(draw, f"1-{at}") for at, draw in enumerate(draws, 1)]
     task = asyncio.create_task(learner.reader.run())
     async with asyncio.timeout(15):
         while (await store.state()).unread_entries:

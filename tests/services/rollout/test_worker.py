@@ -29,8 +29,10 @@ from services.rollout.worker import MAX_INVALID, Worker
 from services.runtime import api
 from services.runtime.metrics import RolloutMetrics
 from services.runtime.settings import RunConfig
+from services.runtime.tracing import trace_id
 from services.tasks import Prompt, Response
 from services.tasks.arithmetic import Arithmetic
+from tests.logs import heard
 
 GROUP, SLOTS = 4, 12  # three groups at once
 PROMPT = Prompt(id="1+2+3=", content="1+2+3=", answer="6")
@@ -249,6 +251,27 @@ async def test_a_lease_becomes_a_group_with_the_facts_of_its_sampling(scene: Sce
         text = scene.policy.tokenizer.decode(each.token_ids, skip_special_tokens=True)
         assert each.rewards == {"correct": len(text) % 2, "length": len(text) / 100}
         assert each.finish_reason == ("stop" if each.token_ids[-1] in scene.policy.end_ids else "length")
+
+
+async def test_every_group_has_a_trace_of_its_own_and_what_is_told_of_it_carries_it(scene: Scene) -> None:
+    with heard() as events:
+        async with scene.working():
+            scene.control.give(7, 8)
+            groups = [await scene.sender.groups.get() for _ in range(2)]
+            await scene.until(lambda: scene.count("groups", status="accepted") == 2)
+            scene.sender.status = pb.Ack.STATUS_EXPIRED
+            scene.control.give(9)
+            groups.append(await scene.sender.groups.get())
+            await scene.until(lambda: scene.count("groups", status="expired") == 1)
+    traces = {group.draw: trace_id(group.traceparent) for group in groups}
+    assert len(set(traces.values()) - {""}) == 3
+    for draw in (7, 8, 9):
+        way = [each for each in events if each.get("draw") == draw]
+        assert {(each["trace_id"], each["attempt"], each["worker"]) for each in way} == {(traces[draw], 1, "w")}
+        assert [each["message"].split()[2].strip(":") for each in way[:3]] == ["leased", "sampled", "scored"]
+        *steady, last = [each["level"] for each in way]
+        assert steady == ["DEBUG"] * 3, "what is usual is not worth a line"
+        assert last == ("INFO" if draw == 9 else "DEBUG")
 
 
 async def test_the_recorded_prompt_is_the_one_that_was_sampled_from(scene: Scene) -> None:
