@@ -162,6 +162,7 @@ def status(run: Run, as_json: AsJson = False) -> None:
         answer = stopped_status(directory)
     else:
         answer = asyncio.run(ask(run, lambda control: control.status()))
+        answer["dashboard"] = f"{(run if services is None else services.control_plane_url).rstrip('/')}/"
         if services is not None:
             answer["processes"] = asyncio.run(processes(services))
     terminal.print_json(answer) if as_json else print_status(terminal.console(), answer)

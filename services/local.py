@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 
@@ -117,6 +118,11 @@ class LocalRun:
         holder.bind(("127.0.0.1", 0))
         self._reserved.append(holder)
         return f"127.0.0.1:{holder.getsockname()[1]}"
+
+    @property
+    def dashboard(self) -> str:
+        """Address of the page. What follows # logs in, and stays in the browser."""
+        return f"{self.control.url}/#token={quote(self._token, safe='')}"
 
     # ---- start
 

@@ -32,6 +32,8 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
     if unscored := status.get("unscored"):
         yield f"note: {said(unscored)}"
     yield from (f"note: {note}" for note in notes(status))
+    if dashboard := status.get("dashboard"):
+        yield f"dashboard: {dashboard}"
 
 
 def _flow(status: dict[str, Any]) -> Iterator[str]:

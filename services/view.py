@@ -28,6 +28,7 @@ class View:
         self._pace = Pace()
         self._said, self._said_at = "", 0.0
         self._noted = set[str]()
+        self._addressed = False
 
     def __enter__(self) -> Callable[["LocalRun"], None]:
         if self._live:
@@ -40,6 +41,9 @@ class View:
 
     def draw(self, run: "LocalRun") -> None:
         self._pace.see(run.status)
+        if run.status and not self._addressed:  # not before it answers
+            self._addressed = True
+            self._say(f"dashboard: {run.dashboard}")
         for note in notes(run.status):
             if note not in self._noted:  # in full and to stay, above what moves
                 self._noted.add(note)

@@ -15,15 +15,18 @@ from sapo_learner.errors import ConfigError, Unavailable
 from sapo_learner.ledger import Ledger
 from sapo_learner.manifest import Manifest
 from services.control_plane import overview, unscored
+from services.control_plane.dashboard.groups import KeptGroups
+from services.control_plane.dashboard.history import History
 from services.control_plane.evaluation_files import EvaluationFiles
 from services.control_plane.evaluation_parts import summary
 from services.control_plane.evaluations import Evaluations
 from services.control_plane.fence import our_fence
+from services.control_plane.pacing import pacing_of
 from services.control_plane.policies import Policies
 from services.control_plane.record import Record
 from services.control_plane.sampler import Mixture, PlainSampler
 from services.control_plane.workers import TTL_SECONDS, Workers
-from services.runstore import Grant, Pacing, RunStore
+from services.runstore import Grant, RunState, RunStore
 from services.runtime import api
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import ControlPlaneMetrics
@@ -49,7 +52,8 @@ class ControlPlane:
             store, token, directory / "snapshots", keep=config.snapshots_kept, max_policy_age=training.max_policy_age,
             steps_back=(config.checkpoint.keep + 1) * config.checkpoint.every,  # the oldest goes when a newer is there
         )  # fmt: skip
-        self.record = Record(directory / "record.jsonl")
+        self.history, self.groups = History(), KeptGroups(directory / "groups")
+        self.record = Record(directory / "record.jsonl", self.history.hear)
         tasks, mixture = build_all(config.mixture), Mixture(config.mixture, training.groups_per_step)
         prompts = {label: task.prompts("train") for label, task in tasks.items()}
         self._sampler = PlainSampler(prompts, mixture, config.run.seed)
@@ -59,20 +63,14 @@ class ControlPlane:
             held_out, config.run.seed, config.evaluation, last_step=training.steps, suites=suites
         )
         self._files = EvaluationFiles(directory / "evaluations", config.evaluation.kept)
-        self._workers = Workers()
+        self.workers = Workers()
         self._changed = asyncio.Event()  # set, and replaced, whenever something changes
         self._waiting = 0
         self._left: dict[str, float] = {}  # worker -> when it went
-        self._closing = False
+        self.closing = False
+        self.learner_heard: float | None = None  # time.monotonic of its last report
         self.learner = api.LearnerReport(state="not started", step=0, cursor=0, ledger=Ledger().to_dict())
-        self._pacing = Pacing(
-            groups_per_step=training.groups_per_step,
-            lookahead=config.lookahead,
-            max_policy_age=training.max_policy_age,
-            steps=training.steps,
-            lease_seconds=config.pacing.lease_seconds,
-            max_lease_seconds=config.pacing.max_lease_seconds,
-        )
+        self._pacing = pacing_of(config)
 
     async def open(self) -> None:
         """Go on where an earlier control plane ended, wherever that was."""
@@ -85,7 +83,7 @@ class ControlPlane:
         report = (await self._store.documents("learner")).get("report")
         if report:
             self.learner = api.LearnerReport.model_validate_json(report)
-        self._workers.restore(await self._store.workers())
+        self.workers.restore(await self._store.workers())
         self.record.add("session")
 
     async def watch(self, lifecycle: Lifecycle) -> None:
@@ -113,15 +111,15 @@ class ControlPlane:
         """
         asked = time.monotonic()
         deadline = asked + request.wait_seconds
-        self._workers.hear(request.worker, request.version, request.step)
+        self.workers.hear(request.worker, request.version, request.step)
         chunk, grant = None, Grant([], None)
-        while not (self._closing or self._left.get(request.worker, 0.0) > asked or await gone()):
+        while not (self.closing or self._left.get(request.worker, 0.0) > asked or await gone()):
             changed = self._changed
             # A heartbeat since may have confirmed a newer policy than the waiting request names.
-            serving = self._workers.alive().get(request.worker, request)
+            serving = self.workers.alive().get(request.worker, request)
             if request.evaluate:
                 chunk = await self._claim(request.worker, serving.version, serving.step)
-            count = min(request.count, self._workers.fair_share(self._pacing.groups_per_step))
+            count = min(request.count, self.workers.fair_share(self._pacing.groups_per_step))
             with our_fence():
                 grant = await self._store.grant(self._token, request.worker, count, serving.step, self._pacing)
             if chunk or grant.leases or time.monotonic() >= deadline:
@@ -146,7 +144,7 @@ class ControlPlane:
         self._notify()
 
     async def heartbeat(self, beat: api.Heartbeat) -> api.HeartbeatResponse:
-        self._workers.hear(beat.worker, beat.version, beat.step)
+        self.workers.hear(beat.worker, beat.version, beat.step)
         if beat.busy:
             self.record.add("busy", worker=beat.worker, intervals=beat.busy)
         if beat.unscored:
@@ -171,7 +169,7 @@ class ControlPlane:
     async def _claim(self, worker: str, version: int, step: int) -> api.EvaluationChunk | None:
         if not self.evaluations.open:
             return None
-        chunk = self.evaluations.claim(worker, version, step, self._workers.versions())
+        chunk = self.evaluations.claim(worker, version, step, self.workers.versions())
         if chunk:
             await self._save_evaluations()
         return chunk
@@ -226,7 +224,7 @@ class ControlPlane:
         for that to end."""
         deadline = time.monotonic() + HOLD_SECONDS
         while self.evaluations.holds(step):
-            if self._closing or time.monotonic() >= deadline:
+            if self.closing or time.monotonic() >= deadline:
                 return True
             await _wait(self._changed, deadline - time.monotonic())
         return False
@@ -235,7 +233,7 @@ class ControlPlane:
         fields = dict(report.record or {})
         if report.record is not None and not isinstance(fields.get("kind"), str):
             raise ConfigError("a record without its kind", where="learner report")
-        self.learner = report.model_copy(update={"record": None})
+        self.learner, self.learner_heard = report.model_copy(update={"record": None}), time.monotonic()
         if fields:
             self.record.add(fields.pop("kind"), **fields)
         await self._save_learner_report()
@@ -251,13 +249,16 @@ class ControlPlane:
         state, workers = await self._store.state(), await self._store.workers()
         return overview.status(self.config, self.learner, state, workers, self.evaluations, self.record)
 
+    async def state(self) -> RunState:
+        return await self._store.state()
+
     async def ledger(self) -> dict[str, Any]:
         return overview.ledger(self.learner, await self._store.state())
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The current version and the learner's step whenever they changed, until the process closes."""
         said: dict[str, Any] | None = None
-        while not self._closing:
+        while not self.closing:
             changed = self._changed
             current = await self._store.current()
             event = {"version": current.version if current else None, "step": self.learner.step}
@@ -268,7 +269,7 @@ class ControlPlane:
 
     async def close(self) -> None:
         """End every wait; requests are answered with what there is."""
-        self._closing = True
+        self.closing = True
         self.record.close()
         self._notify()
 

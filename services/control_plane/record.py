@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ WAITING = 4096  # lines that wait for room on the disk; older ones are dropped
 
 
 class Record:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, heard: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+        """heard: is told every line, those that are there already first, so that nobody need read them again."""
+        self._path, self._heard = path, heard
         self.recent: dict[str, deque[dict[str, Any]]] = {}
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
@@ -41,6 +42,11 @@ class Record:
     def close(self) -> None:
         """Try to write what still waits."""
         self._flush()
+
+    @property
+    def full(self) -> bool:
+        """Whether lines wait in memory, because the disk takes none."""
+        return self._full
 
     def last(self, kind: str) -> dict[str, Any] | None:
         lines = self.recent.get(kind)
@@ -81,6 +87,7 @@ class Record:
 
     def _remember(self, line: dict[str, Any]) -> None:
         self.recent.setdefault(line["kind"], deque(maxlen=RECENT)).append(line)
+        self._heard(line)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

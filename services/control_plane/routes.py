@@ -7,6 +7,7 @@ from fastapi import APIRouter, FastAPI, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from services.control_plane.dashboard.routes import add_dashboard
 from services.control_plane.plane import ControlPlane
 from services.runtime import api
 from services.runtime.http import Door
@@ -20,6 +21,7 @@ def add_routes(app: FastAPI, plane: ControlPlane, token: str, run: str = "") -> 
     _work(router, plane)
     _snapshots(router, plane)
     app.include_router(router)
+    add_dashboard(app, plane, token)
 
 
 def _run(router: APIRouter, plane: ControlPlane, run: str) -> None:

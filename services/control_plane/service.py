@@ -6,10 +6,11 @@ import secrets
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry
 
 from sapo_learner.errors import Unavailable
+from services.control_plane.dashboard.pages import starting_page
 from services.control_plane.plane import ControlPlane
 from services.control_plane.routes import add_routes
 from services.runstore import RunStore
@@ -64,6 +65,10 @@ def _starting_app(lifecycle: Lifecycle, registry: CollectorRegistry, token: str)
     async def not_yet(path: str) -> None:
         waiting = "; ".join(lifecycle.waiting_for)
         raise Unavailable(f"not ready: {waiting}", where="control plane", fix="try again")
+
+    @app.api_route("/", methods=["GET", "HEAD"])
+    async def starting() -> Response:
+        return starting_page(lifecycle.waiting_for)
 
     return app
 

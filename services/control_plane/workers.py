@@ -5,10 +5,12 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from services.runstore import Worker
 
 TTL_SECONDS = 10.0  # a worker that is silent for longer counts as gone
+REMEMBERED_SECONDS, REMEMBERED = 600.0, 1000  # how long, and how many, people are told of that are gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class Serving:
 class Workers:
     def __init__(self) -> None:
         self._serving: dict[str, Serving] = {}
+        self._gone: dict[str, Serving] = {}
 
     def restore(self, reports: Iterable[Worker]) -> None:
         """Take over what an earlier control plane heard, so that nobody is thought gone for its restart."""
@@ -34,14 +37,28 @@ class Workers:
         known = self.alive().get(name, Serving(-1, 0, now))
         if known.version > version:
             version, step = known.version, known.step
+        self._gone.pop(name, None)
         self._serving[name] = serving = Serving(version, step, now - age_seconds)
         return serving
 
     def alive(self) -> dict[str, Serving]:
         """Every worker heard of lately, by name."""
         since = time.monotonic() - TTL_SECONDS
-        self._serving = {name: each for name, each in self._serving.items() if each.heard > since}
+        silent = {name: each for name, each in self._serving.items() if each.heard <= since}
+        if silent:
+            self._serving = {name: each for name, each in self._serving.items() if name not in silent}
+            self._gone = dict([*(self._gone | silent).items()][-REMEMBERED:])
         return dict(self._serving)
+
+    def gone(self) -> list[dict[str, Any]]:
+        """Who was heard of within REMEMBERED_SECONDS and is not any more."""
+        self.alive()
+        now = time.monotonic()
+        self._gone = {name: each for name, each in self._gone.items() if now - each.heard < REMEMBERED_SECONDS}
+        return [
+            {"worker": name, "version": each.version, "step": each.step, "age_seconds": now - each.heard}
+            for name, each in self._gone.items()
+        ]
 
     def versions(self) -> dict[str, int]:
         return {name: each.version for name, each in self.alive().items()}

@@ -1,6 +1,8 @@
-"""The run's token: one sentence for a wrong one, whichever way it came."""
+"""The run's token: one sentence for a wrong one, whichever way it came. And the cookie that a browser gets for it."""
 
+import hashlib
 import hmac
+from http.cookies import CookieError, SimpleCookie
 
 from sapo_learner.errors import Unauthenticated
 
@@ -14,3 +16,27 @@ def check_bearer(given: bytes, token: str) -> Unauthenticated | None:
         where="Authorization header",
         fix="set SAPO_TOKEN to the run's (that of a `sapo up` is in services.json of its directory)",
     )
+
+
+def cookie_name(token: str) -> str:
+    """Another one for every run: cookies do not tell ports apart, and several runs may be on one machine."""
+    return f"sapo-{_derived(token, 'name')[:12]}"
+
+
+def cookie_value(token: str) -> str:
+    """What only those know who know the token, and from which nobody finds the token."""
+    return _derived(token, "value")
+
+
+def check_cookie(header: bytes, token: str) -> bool:
+    """Whether a `cookie` header holds the run's; compared in constant time."""
+    try:
+        cookies = SimpleCookie(header.decode("latin-1"))
+    except CookieError:
+        return False
+    given = cookies.get(cookie_name(token))
+    return given is not None and hmac.compare_digest(given.value.encode(), cookie_value(token).encode())
+
+
+def _derived(token: str, purpose: str) -> str:
+    return hmac.new(token.encode(), f"sapo dashboard cookie, {purpose}".encode(), hashlib.sha256).hexdigest()

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sapo_learner.errors import ConfigError, NotFound, SapoError, Unauthenticated, Unavailable
-from services.runtime.auth import check_bearer
+from services.runtime.auth import check_bearer, check_cookie
 from services.runtime.error_parts import to_parts
 from services.runtime.lifecycle import Lifecycle
 
@@ -113,6 +114,9 @@ def _place(request: Request) -> str:
 class Door:
     """ASGI middleware before everything under /v1: the token first, compared in constant time, then the body's size.
 
+    A browser that has logged in has a cookie in the token's place. It opens what only reads: so no other site can make
+    the browser change anything.
+
     Before routing, because FastAPI reads and parses a body before it looks at a route's dependencies.
     """
 
@@ -126,7 +130,8 @@ class Door:
     def _refusal(self, scope: Scope) -> SapoError | None:
         headers = dict(scope["headers"])
         refused = check_bearer(headers.get(b"authorization", b""), self._token)
-        if refused is not None:
+        reads = scope["method"] in ("GET", "HEAD")
+        if refused is not None and not (reads and check_cookie(headers.get(b"cookie", b""), self._token)):
             return refused
         if scope["method"] == "PUT":  # blobs go to a file as they come
             return None
@@ -161,15 +166,26 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        _connections[self.client, self.server] = transport
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_unless_asked)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer.cancel()
+        _connections.pop((self.client, self.server), None)
         super().connection_lost(exc)
 
     def _close_unless_asked(self) -> None:
         if self.cycle is None and not self.transport.is_closing():
             self.transport.close()
+
+
+_connections: dict[tuple[Any, Any], asyncio.Transport] = {}  # that are open, by both their ends
+
+
+def hang_up(scope: Scope) -> None:
+    """End a request's connection at once, with what the client has not taken yet: it may never."""
+    if transport := _connections.get((scope["client"], scope["server"])):
+        transport.abort()
 
 
 class _Server(uvicorn.Server):

@@ -256,7 +256,7 @@ async def test_a_restarted_control_plane_knows_who_serves_what_and_what_is_lease
         await running.client.heartbeat(heartbeat("b", policy=0))
         before = await running.client.lease(lease_request("a", 2))
     async with control_plane(config, redis.url) as running:
-        assert running.plane._workers.versions() == {"a": 0, "b": 0}
+        assert running.plane.workers.versions() == {"a": 0, "b": 0}
         after = await running.client.lease(lease_request("b", 2))
     assert [each.draw for each in (*before.draws, *after.draws)] == [0, 1]
 
@@ -264,4 +264,4 @@ async def test_a_restarted_control_plane_knows_who_serves_what_and_what_is_lease
 async def test_an_overtaken_heartbeat_does_not_take_a_worker_back(running: Running, learner: Learner) -> None:
     await running.client.lease(lease_request("a", policy=3))
     await running.client.heartbeat(heartbeat("a", policy=2))
-    assert running.plane._workers.versions() == {"a": 3}
+    assert running.plane.workers.versions() == {"a": 3}

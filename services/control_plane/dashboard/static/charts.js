@@ -1,0 +1,98 @@
+// One panel: a title, what to look for, a legend with the numbers under the pointer, and a uPlot chart.
+import uPlot from "./vendor/uPlot.esm.js";
+import { text, number } from "./dom.js";
+
+const HEIGHT = 170;
+const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+export class Chart {
+  // panel: { title, unit, say, x, data(store) -> { x, series: [{ label, y, low?, high?, points?, fill? }] }, range? }
+  constructor(panel, store, parent) {
+    this.panel = panel;
+    this.store = store;
+    this.shape = "";
+    this.visible = false;
+    const figure = parent.appendChild(document.createElement("figure"));
+    figure.id = `panel-${panel.name}`;
+    const title = figure.appendChild(text("h3", panel.title));
+    title.append(" ", text("span", panel.unit, "unit"));
+    figure.append(text("p", panel.say, "say"));
+    this.legend = figure.appendChild(text("div", "", "legend"));
+    this.plot = figure.appendChild(text("div", "", "plot"));
+    this.plot.setAttribute("role", "img");
+    this.plot.setAttribute("aria-label", `${panel.title}, ${panel.unit}`);
+    new ResizeObserver(() => this.chart?.setSize({ width: this.plot.clientWidth, height: HEIGHT })).observe(this.plot);
+    new IntersectionObserver(([entry]) => {
+      this.visible = entry.isIntersecting;
+      if (this.visible) this.draw();
+    }, { rootMargin: "200px" }).observe(figure);
+  }
+
+  draw() {
+    if (!this.visible || document.hidden) return;
+    const { x, series } = this.panel.data(this.store);
+    const shape = series.map((each) => `${each.label}${each.low ? "~" : ""}`).join("|");
+    const known = x.length > 0 && series.length > 0;
+    if (shape !== this.shape || !known) this.clear(known);
+    this.series = series;
+    if (known) {
+      const data = [x, ...series.flatMap((each) => (each.low ? [each.y, each.low, each.high] : [each.y]))];
+      if (this.chart) this.chart.setData(data);
+      else this.chart = new uPlot(this.options(series), data, this.plot);
+      this.shape = shape;
+    }
+    this.say(this.chart?.cursor.idx ?? null);
+  }
+
+  // Made anew at the next drawing: with other colours, or other series.
+  clear(known = true) {
+    this.chart?.destroy();
+    this.chart = null;
+    this.shape = "";
+    this.plot.replaceChildren(...(known ? [] : [text("p", "nothing on record yet", "empty")]));
+  }
+
+  say(index) {
+    const x = this.chart?.data[0] ?? [];
+    const parts = (this.series ?? []).map((each, place) => {
+      const at = index ?? lastKnown(each.y);
+      const part = document.createElement("span");
+      const mark = part.appendChild(document.createElement("i"));
+      mark.style.background = style(`--c${each.colour ?? place}`);
+      const band = each.low && at !== null ? ` (${number(each.low[at])} to ${number(each.high[at])})` : "";
+      part.append(`${each.label ? `${each.label} ` : ""}${at === null ? "-" : number(each.y[at])}${band}`);
+      return part;
+    });
+    const last = index ?? x.length - 1;
+    if (last >= 0 && x.length) parts.push(text("span", `at ${this.panel.x ?? "step"} ${number(x[last])}`, "at"));
+    this.legend.replaceChildren(...parts);
+  }
+
+  options(series) {
+    const grid = { stroke: style("--grid"), width: 1 };
+    const axis = { stroke: style("--soft"), grid, ticks: grid, font: "11px system-ui", size: 46, gap: 3 };
+    const drawn = [{}], bands = [];
+    series.forEach((each, place) => {
+      const stroke = style(`--c${each.colour ?? place}`);
+      const dash = [[], [6, 3], [2, 2], [8, 3, 2, 3]][place % 4];
+      drawn.push({ stroke, width: 1.6, dash, spanGaps: true, points: { show: Boolean(each.points), size: 5 } });
+      if (each.low) {
+        const edge = { stroke: "transparent", width: 0, spanGaps: true, points: { show: false } };
+        drawn.push(edge, edge);
+        bands.push({ series: [drawn.length - 1, drawn.length - 2], fill: `${stroke}33` });
+      }
+    });
+    return {
+      width: this.plot.clientWidth, height: HEIGHT, series: drawn, bands, legend: { show: false },
+      cursor: { y: false, sync: { key: this.panel.x ?? "step" }, drag: { x: true, y: false } },
+      scales: { x: { time: false, distr: this.panel.distr ?? 1 }, y: this.panel.range ? { range: this.panel.range } : {} },
+      axes: [{ ...axis, size: 26 }, { ...axis, values: (_, splits) => splits.map(number) }],
+      hooks: { setCursor: [(chart) => this.say(chart.cursor.idx ?? null)] },
+    };
+  }
+}
+
+function lastKnown(values) {
+  for (let index = values.length - 1; index >= 0; index--) if (values[index] !== null) return index;
+  return null;
+}

@@ -1,0 +1,77 @@
+// The moment: state and progress, alerts, services, workers, ledger.
+import { number, rows, seconds, text } from "./dom.js";
+
+const of = (id) => document.getElementById(id);
+const OUTCOMES = ["trained", "degenerate", "stale", "invalid", "refused", "skipped", "backlog"];
+
+export function show(store) {
+  const now = store.now;
+  if (!now) return;
+  document.title = `${now.alerts.length ? `(${now.alerts.length}) ` : ""}${now.run}: step ${now.step} - sapo`;
+  of("run").textContent = now.run;
+  of("state").textContent = now.state;
+  of("step").textContent = `step ${now.step} of ${now.steps}`;
+  Object.assign(of("progress"), { max: now.steps, value: Math.min(now.step, now.steps) });
+  alerts(now.alerts);
+  figures(store);
+  services(now);
+  workers(now);
+  ledger(now.ledger);
+  of("notes").replaceChildren(...now.notes.map((note) => text("li", note)));
+}
+
+let saidAlerts = "";
+function alerts(found) {
+  const said = JSON.stringify(found);
+  if (said === saidAlerts) return;  // or a screen reader would say it twice a second
+  saidAlerts = said;
+  of("alerts").replaceChildren(...found.map(({ name, severity, what, fix }) => {
+    const alert = text("div", "", `alert ${severity}`);
+    alert.append(text("b", name), what, " ", text("span", fix));
+    return alert;
+  }));
+}
+
+function figures(store) {
+  const now = store.now, steps = store.steps;
+  const sampled = now.workers.reduce((sum, each) => sum + (each.tokens_per_second ?? 0), 0);
+  const best = store.evaluations.last("pass_at_1");
+  const found = {
+    "reward": number(steps.last("reward")), "held-out pass@1": number(best), "entropy, nats": number(steps.last("entropy")),
+    "policy version": number(now.version), "tokens sampled/s": number(Math.round(sampled)),
+    "tokens trained/s": number(Math.round(steps.last("tokens_per_second") ?? 0)), "groups ready": number(now.groups_ready),
+    "open leases": number(now.open_leases),
+  };
+  of("figures").replaceChildren(...Object.entries(found).map(([name, value]) => {
+    const box = document.createElement("div");
+    box.append(text("dt", name), text("dd", value));
+    return box;
+  }));
+}
+
+function services(now) {
+  rows(of("services"), now.services.map((each) => [
+    each.name, { say: each.state, name: each.ok ? "good" : "bad" }, each.waiting_for || "-",
+  ]));
+}
+
+function workers(now) {
+  const alive = now.workers.map((each) => [
+    each.worker, { say: `heard ${seconds(each.age_seconds)} ago`, name: "good" }, number(each.version), String(each.behind),
+    String(each.rows), number(Math.round(each.tokens_per_second)), each.probe ? number(each.probe.max) : "-", each.waiting_for || "-",
+  ]);
+  const gone = now.gone.map((each) => [
+    each.worker, { say: `gone for ${seconds(each.age_seconds)}`, name: "bad" }, number(each.version), "-", "-", "-", "-", "-",
+  ]);
+  const all = [...alive, ...gone];
+  rows(of("workers"), all.length ? all : [["none is heard of", "-", "-", "-", "-", "-", "-", "-"]],
+    (index) => (index >= alive.length ? "gone" : ""));
+}
+
+function ledger(found) {
+  if (!found) return;
+  const uses = OUTCOMES.map((name) => [name, { say: String(found[name] ?? 0), name: "n" }]);
+  const verdict = found.balanced ? { say: "balances", name: "n good" } : { say: "DOES NOT BALANCE", name: "n bad" };
+  rows(of("ledger"), [["accepted", { say: String(found.accepted), name: "n" }], ...uses,
+    ["open draws", { say: String(found.open_draws), name: "n" }], ["sum", verdict]]);
+}
