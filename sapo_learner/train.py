@@ -64,7 +64,6 @@ class StepReport:
     entries: Sequence[str]  # entry id of each group in `groups`
     fates: Mapping[str, Outcome]  # by entry id, of every group that came in
     advantages: Sequence[NDArray[np.float64]]  # [G] of each group in `groups`
-    ids: Sequence[str]  # entry id of each group in `groups`
     sequences: Sequence[tuple[int, int]]  # by sequence id: which of `groups`, and which of its responses
     invalid: Mapping[str, str]  # entry id -> what was wrong with it
 
@@ -125,7 +124,6 @@ def train(
             entries=ids,
             fates=fates,
             advantages=advantages,
-            ids=ids,
             sequences=batch.sequences,
             invalid=invalid,
         )

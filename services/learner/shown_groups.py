@@ -64,7 +64,7 @@ class Showcase:
         }
         settings = learner.settings
         return TrainedGroup(
-            step.ids[number], step.update.step, settings.objective.name, settings.advantages.estimator, group,
+            step.entries[number], step.update.step, settings.objective.name, settings.advantages.estimator, group,
             step.advantages[number], figures,
         )  # fmt: skip
 

@@ -19,9 +19,11 @@ from sapo_learner.snapshot import weights_digest
 from sapo_learner.train import Position, train
 from services.replay import ArchivedLog
 from services.run_directory import run_config
+from services.runtime.tracing import trace_id
 from services.wire import decode
 from tests.documents import DOCUMENTS, ROOT, Command, commands, named, write_files
 from tests.end_to_end.conftest import GROUP_SIZE, GROUPS_PER_STEP, MAX_POLICY_AGE, SETTINGS, STEPS, Stack
+from tests.logs import events
 from tests.own_model import write_model
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]

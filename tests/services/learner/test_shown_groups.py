@@ -52,7 +52,7 @@ def test_every_step_that_moves_the_policy_shows_its_first_group_that_does(news: 
         assert each.shown
         assert each.shown.step == each.report.update.step
         moving = [number for number, advantages in enumerate(each.report.advantages) if advantages.any()]
-        assert each.shown.entry == each.report.ids[moving[0]]
+        assert each.shown.entry == each.report.entries[moving[0]]
         assert each.shown.entry == f"1-{each.report.cursor - GROUPS + moving[0] + 1}"
         assert each.shown.group is each.report.groups[moving[0]]
 
