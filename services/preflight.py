@@ -10,6 +10,7 @@ from sapo_learner.manifest import TOKENIZER_FILES
 from sapo_learner.model_files import MODEL_FIX, read_config, require_weights
 from services import hub
 from services.control_plane.sampler import Mixture
+from services.record_writers import writer_classes
 from services.rollout.chat import Chat
 from services.runtime.settings import RunConfig
 from services.tasks import Prompt, Split, Task, TaskSettings, Teacher, build, build_all
@@ -33,6 +34,7 @@ def check(config: RunConfig, warn: Callable[[str], None] = lambda _: None) -> di
     if inert := proximal.remark(config):
         warn(inert)
     chosen = filters.build_all(config.filters).values()
+    writer_classes(config.record.writers)
     tasks = build_all(config.mixture)
     Mixture(config.mixture, config.training.groups_per_step)
     held_out = _check_tasks(tasks, warn)

@@ -14,7 +14,7 @@ from sapo_learner.config import parse
 from sapo_learner.errors import ConfigError, Unavailable
 from sapo_learner.ledger import Ledger
 from sapo_learner.manifest import Manifest
-from services.control_plane import overview, unscored
+from services.control_plane import overview, unscored, writer_threads
 from services.control_plane.dashboard.groups import KeptGroups
 from services.control_plane.dashboard.history import History
 from services.control_plane.evaluation_files import EvaluationFiles
@@ -53,7 +53,8 @@ class ControlPlane:
             steps_back=(config.checkpoint.keep + 1) * config.checkpoint.every,  # the oldest goes when a newer is there
         )  # fmt: skip
         self.history, self.groups = History(), KeptGroups(directory / "groups")
-        self.record = Record(directory / "record.jsonl", self.history.hear)
+        self._writers = writer_threads.started(config, metrics)
+        self.record = Record(directory / "record.jsonl", self.history.hear, [each.put for each in self._writers])
         tasks, mixture = build_all(config.mixture), Mixture(config.mixture, training.groups_per_step)
         prompts = {label: task.prompts("train") for label, task in tasks.items()}
         self._sampler = PlainSampler(prompts, mixture, config.run.seed)
@@ -272,6 +273,7 @@ class ControlPlane:
         self.closing = True
         self.record.close()
         self._notify()
+        await writer_threads.ended(self._writers)
 
     # ---- waiting
 

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,15 @@ WAITING = 4096  # lines that wait for room on the disk; older ones are dropped
 
 
 class Record:
-    def __init__(self, path: Path, heard: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
-        """heard: is told every line, those that are there already first, so that nobody need read them again."""
-        self._path, self._heard = path, heard
+    def __init__(
+        self,
+        path: Path,
+        heard: Callable[[dict[str, Any]], None] = lambda _: None,
+        added: Sequence[Callable[[dict[str, Any]], None]] = (),
+    ) -> None:
+        """heard: is told every line, those that are there already first, so that nobody need read them again. added:
+        are told only what comes from now on."""
+        self._path, self._heard, self._added = path, heard, added
         self.recent: dict[str, deque[dict[str, Any]]] = {}
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
@@ -37,6 +43,8 @@ class Record:
         self._waiting.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
         self._flush()
         self._remember(line)
+        for tell in self._added:
+            tell(line)
         return line
 
     def close(self) -> None:

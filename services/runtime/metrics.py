@@ -43,6 +43,10 @@ class ControlPlaneMetrics(_Metrics):
         self.ready = self._gauge("sapo_groups_ready", "Accepted groups that no step has consumed")
         self.workers = self._gauge("sapo_workers", "Rollout workers whose heartbeat is recent")
         self.pass_at_1 = self._gauge("sapo_evaluation_pass_at_1", "Held-out pass@1 of the newest evaluation")
+        self.writer_lost = self._counter(
+            "sapo_record_writer_lost_lines", "Lines of the record that a writer has not taken, by why",
+            ("writer", "reason"),
+        )  # fmt: skip
 
     def observe(self, status: Mapping[str, Any]) -> None:
         self.version.set(status["version"] or 0)

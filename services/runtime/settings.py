@@ -26,6 +26,7 @@ from sapo_learner.config import (
     parse,
 )
 from sapo_learner.errors import ConfigError
+from services.record_writers import RecordSettings
 from services.runtime.engine_settings import EngineSettings
 from services.runtime.sampling_settings import ChatSettings, SamplingSettings, ScoringSettings
 from services.suites import Suite
@@ -133,6 +134,7 @@ class RunConfig(LearnerSettings):
     archive: ArchiveSettings = ArchiveSettings()
     ingest: IngestSettings = IngestSettings()
     probe: ProbeSettings = ProbeSettings()
+    record: RecordSettings = RecordSettings()
     local: LocalSettings = LocalSettings()
 
     @property

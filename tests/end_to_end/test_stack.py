@@ -174,17 +174,32 @@ def test_memory_on_disk_is_bounded_by_configuration(stack: Stack) -> None:
 
 def test_one_group_is_followed_through_the_logs_of_all_processes(stack: Stack) -> None:
     *_, last = (entry for entry in Archive(stack.directory / "archive", None).entries() if entry.kind == GROUP)
-    group, logs = decode(last.payload), sorted((stack.directory / "logs").glob("*.log"))
-    trace = trace_id(group.traceparent)
-    every = [event for path in logs for event in events(path)]
-    way = [each for each in every if trace in (each.get("trace_id"), "") or each.get("entry") == last.id]
-    fate = {"trained", "degenerate"}
-    assert [(each["service"], fate.intersection(each["message"].split()) or each["message"]) for each in way] == [
-        *sorted([
-            ("ingest", f"draw {group.draw} is entry {last.id} of the log"),
-            ("learner", f"draw {group.draw} is archived as entry {last.id}"),
-        ]),
-    ]  # fmt: skip
+    group, every = (
+        decode(last.payload),
+        [event for path in sorted((stack.directory / "logs").glob("*.log")) for event in events(path)],
+    )
+    trace, draw = trace_id(group.traceparent), f"draw {group.draw}"
+    way = {(each["service"], each["message"]) for each in every if each.get("trace_id") == trace}
+    way |= {(each["service"], each["message"]) for each in every if each.get("entry") == last.id}
+    tokens = sum(len(each.token_ids) for each in group.trajectories)
+    *_, (_, end) = sorted(each for each in way if each[0] == "learner")
+    assert end in {f"entry {last.id} is {fate} in step {STEPS}" for fate in ("trained", "degenerate")}
+    assert way == {
+        (group.worker, f"{draw} leased"),
+        (group.worker, f"{draw} sampled: {tokens} tokens"),
+        (group.worker, f"{draw} scored: it is sent"),
+        ("ingest", f"{draw} is entry {last.id} of the log"),
+        (group.worker, f"{draw} is entry {last.id} of the log"),
+        ("learner", f"{draw} is archived as entry {last.id}"),
+        ("learner", end),
+    }
+
+
+def test_every_process_names_the_one_run(stack: Stack) -> None:
+    named = {path.stem: {each.get("run") for each in events(path)} for path in (stack.directory / "logs").glob("*.log")}
+    run = f"stack-{(stack.directory / 'run.id').read_text()}"
+    assert {name for name, runs in named.items() if run in runs} == named.keys() - {"redis"}
+    assert set().union(*named.values()) <= {run, None}
 
 
 def test_eval_and_sample_read_the_run(stack: Stack) -> None:
