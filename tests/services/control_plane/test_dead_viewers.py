@@ -1,0 +1,44 @@
+"""Browsers and Prometheus that stopped reading: the run goes on beside them, and ends beside them."""
+
+import asyncio
+import socket
+from urllib.parse import urlsplit
+
+import pytest
+
+from services.control_plane.record import read
+from services.runstore import EmbeddedRedis
+from services.runtime.settings import RunConfig
+from tests.small_run import TOKEN, Learner, control_plane
+
+REQUESTS = 4000  # on one connection, whose answers are more than all buffers on the way hold
+
+
+async def _unread(url: str, path: str) -> asyncio.StreamWriter:
+    """A connection that has asked for more than it will ever read."""
+    address = urlsplit(url)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, (address.hostname, address.port))
+    _, writer = await asyncio.open_connection(sock=client, limit=1)
+    request = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    writer.write(request.encode() * REQUESTS)
+    return writer
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/events", "/v1/status"])
+async def test_the_run_goes_on_and_ends_beside_viewers_that_do_not_read(
+    config: RunConfig, redis: EmbeddedRedis, path: str
+) -> None:
+    async with asyncio.timeout(60):
+        async with control_plane(config, redis.url) as running:
+            learner = await Learner(running).start()
+            viewers = [await _unread(running.url, path) for _ in range(8)]
+            for step in range(1, 21):
+                await learner.report("training", step=step, record={"kind": "step", "step": step})
+            assert (await running.client.status())["last_step"]["step"] == 20
+    steps = [line["step"] for line in read(config.run.directory / "record.jsonl") if line["kind"] == "step"]
+    assert steps == list(range(1, 21))
+    for viewer in viewers:
+        viewer.close()
