@@ -17,6 +17,7 @@ import typer
 from sapo_learner.errors import ConfigError, Unavailable
 from services import terminal
 from services.check_command import app as check_app
+from services.dashboard_command import app as dashboard_app
 from services.eval_command import Seed
 from services.eval_command import app as eval_app
 from services.export_command import app as export_app
@@ -44,6 +45,7 @@ app.add_typer(objectives_app)
 app.add_typer(history_app)
 app.add_typer(plot_app)
 app.add_typer(show_app)
+app.add_typer(dashboard_app)
 app.add_typer(export_app)
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import psutil
 
@@ -28,6 +27,7 @@ from services.process_logs import ProcessLogs
 from services.rollout.engines.vllm_adapter import require_vllm
 from services.run_directory import LocalServices, forget_services, live_services
 from services.runstore import EmbeddedRedis
+from services.runtime.auth import page_address
 from services.runtime.client import ControlPlaneClient
 from services.runtime.processes import die_with_parent, exit_reason
 from services.runtime.settings import RunConfig, dump_config
@@ -121,8 +121,8 @@ class LocalRun:
 
     @property
     def dashboard(self) -> str:
-        """Address of the page. What follows # logs in, and stays in the browser."""
-        return f"{self.control.url}/#token={quote(self._token, safe='')}"
+        """Address of the page, login included."""
+        return page_address(self.control.url, self._token)
 
     # ---- start
 

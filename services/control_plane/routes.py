@@ -1,12 +1,14 @@
 """The HTTP API under /v1: thin routes over ControlPlane. Every one wants the run's token."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from services.control_plane.dashboard.look import look
 from services.control_plane.dashboard.routes import add_dashboard
 from services.control_plane.plane import ControlPlane
 from services.runtime import api
@@ -21,7 +23,7 @@ def add_routes(app: FastAPI, plane: ControlPlane, token: str, run: str = "") -> 
     _work(router, plane)
     _snapshots(router, plane)
     app.include_router(router)
-    add_dashboard(app, plane, token)
+    add_dashboard(app, token, plane.history, plane.groups, partial(look, plane), lambda: plane.closing)
 
 
 def _run(router: APIRouter, plane: ControlPlane, run: str) -> None:
@@ -61,6 +63,11 @@ def _work(router: APIRouter, plane: ControlPlane) -> None:
     @router.post("/evaluations/results")
     async def evaluated(body: api.ChunkResult) -> dict[str, str]:
         await plane.evaluated(body)
+        return {}
+
+    @router.post("/groups")
+    async def trained_group(body: api.ShownGroup) -> dict[str, str]:
+        plane.groups.keep(body)
         return {}
 
     @router.post("/learner")

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from http.cookies import CookieError, SimpleCookie
+from urllib.parse import quote
 
 from sapo_learner.errors import Unauthenticated
 
@@ -36,6 +37,11 @@ def check_cookie(header: bytes, token: str) -> bool:
         return False
     given = cookies.get(cookie_name(token))
     return given is not None and hmac.compare_digest(given.value.encode(), cookie_value(token).encode())
+
+
+def page_address(url: str, token: str) -> str:
+    """Of the dashboard, login included: what follows # never leaves the browser, where the page reads the token."""
+    return f"{url}/#token={quote(token, safe='')}"
 
 
 def _derived(token: str, purpose: str) -> str:

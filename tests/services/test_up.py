@@ -143,6 +143,8 @@ def test_the_status_of_a_stopped_run_comes_from_its_record(tmp_path: Path) -> No
 class Run:
     """What the view reads of a LocalRun."""
 
+    dashboard = "http://127.0.0.1:1/#token=t"
+
     def __init__(self, directory: Path, status: dict[str, Any]) -> None:
         self.config, self.status, self.children = config(directory), status, dict[str, Any]()
 
@@ -195,7 +197,8 @@ def test_without_a_terminal_a_narrow_console_gets_whole_plain_lines_and_each_not
          "notes": notes} for index in range(2)
     ]  # fmt: skip
     drawn(terminal.console(), Run(tmp_path, status(workers=workers)), times=3)
-    note, line = output.getvalue().splitlines()
+    dashboard, note, line = output.getvalue().splitlines()
+    assert dashboard == "dashboard: http://127.0.0.1:1/#token=t"
     assert note == f"note: {notes[0]}"
     assert line.startswith("step 12/100 | eta - | reward 0.50 | policy age 1.0 | held-out pass@1 0.550 (step 11)")
     assert line.endswith("version 12 | 10 tokens/s")
@@ -215,7 +218,8 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(
     monkeypatch.setenv("TERM", "dumb")
     output = io.StringIO()
     drawn(Console(file=output, force_terminal=True, width=120), Run(tmp_path, status()))
-    assert output.getvalue().startswith("step 12/100")
+    assert "\nstep 12/100" in output.getvalue()
+    assert "\x1b[" not in output.getvalue()
 
 
 def test_figures_that_are_not_known_are_dashes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import uPlot from "./vendor/uPlot.esm.js";
 import { text, number } from "./dom.js";
 
 const HEIGHT = 170;
+const SMOOTHED = 60;  // points beyond which a line is a running mean, over a fiftieth of them
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 export class Chart {
@@ -12,7 +13,7 @@ export class Chart {
     this.store = store;
     this.shape = "";
     this.visible = false;
-    const figure = parent.appendChild(document.createElement("figure"));
+    const figure = this.figure = parent.appendChild(document.createElement("figure"));
     figure.id = `panel-${panel.name}`;
     const title = figure.appendChild(text("h3", panel.title));
     title.append(" ", text("span", panel.unit, "unit"));
@@ -31,14 +32,23 @@ export class Chart {
   draw() {
     if (!this.visible || document.hidden) return;
     const { x, series } = this.panel.data(this.store);
-    const shape = series.map((each) => `${each.label}${each.low ? "~" : ""}`).join("|");
     const known = x.length > 0 && series.length > 0;
+    this.figure.hidden = Boolean(this.panel.optional) && !known;
+    for (const each of series) {
+      each.mean = x.length > SMOOTHED && !each.low && !each.points ? runningMean(each.y, Math.round(x.length / 50)) : null;
+      each.faint = each.mean && series.length <= 2;
+    }
+    const shape = series.map((each) => `${each.label}${each.low ? "~" : ""}${each.faint ? "-" : ""}`).join("|");
     if (shape !== this.shape || !known) this.clear(known);
     this.series = series;
     if (known) {
-      const data = [x, ...series.flatMap((each) => (each.low ? [each.y, each.low, each.high] : [each.y]))];
+      const data = [x, ...series.flatMap((each) =>
+        [each.mean ?? each.y, ...(each.faint ? [each.y] : []), ...(each.low ? [each.low, each.high] : [])])];
       if (this.chart) this.chart.setData(data);
-      else this.chart = new uPlot(this.options(series), data, this.plot);
+      else {
+        this.plot.replaceChildren();
+        this.chart = new uPlot(this.options(series), data, this.plot);
+      }
       this.shape = shape;
     }
     this.say(this.chart?.cursor.idx ?? null);
@@ -70,12 +80,13 @@ export class Chart {
 
   options(series) {
     const grid = { stroke: style("--grid"), width: 1 };
-    const axis = { stroke: style("--soft"), grid, ticks: grid, font: "11px system-ui", size: 46, gap: 3 };
+    const axis = { stroke: style("--soft"), grid, ticks: grid, font: "11px system-ui", size: 50, gap: 3 };
     const drawn = [{}], bands = [];
     series.forEach((each, place) => {
       const stroke = style(`--c${each.colour ?? place}`);
       const dash = [[], [6, 3], [2, 2], [8, 3, 2, 3]][place % 4];
-      drawn.push({ stroke, width: 1.6, dash, spanGaps: true, points: { show: Boolean(each.points), size: 5 } });
+      drawn.push({ stroke, width: 1.8, dash, spanGaps: true, points: { show: Boolean(each.points), size: 5 } });
+      if (each.faint) drawn.push({ stroke: `${stroke}55`, width: 1, spanGaps: true, points: { show: false } });
       if (each.low) {
         const edge = { stroke: "transparent", width: 0, spanGaps: true, points: { show: false } };
         drawn.push(edge, edge);
@@ -86,10 +97,31 @@ export class Chart {
       width: this.plot.clientWidth, height: HEIGHT, series: drawn, bands, legend: { show: false },
       cursor: { y: false, sync: { key: this.panel.x ?? "step" }, drag: { x: true, y: false } },
       scales: { x: { time: false, distr: this.panel.distr ?? 1 }, y: this.panel.range ? { range: this.panel.range } : {} },
-      axes: [{ ...axis, size: 26 }, { ...axis, values: (_, splits) => splits.map(number) }],
+      axes: [{ ...axis, size: 26, values: ticks }, { ...axis, values: ticks }],
       hooks: { setCursor: [(chart) => this.say(chart.cursor.idx ?? null)] },
     };
   }
+}
+
+// As many digits as tell two neighbours apart.
+function ticks(_, splits, __, ___, step) {
+  let digits = 0;
+  while (digits < 5 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits++;
+  return splits.map((each) => (Math.abs(each) >= 1e4 || digits > 4 ? number(each, 2) : each.toFixed(digits)));
+}
+
+// Around each point, over `width` of those that are known.
+function runningMean(values, width) {
+  const sums = new Float64Array(values.length + 1), counts = new Int32Array(values.length + 1);
+  values.forEach((value, index) => {
+    sums[index + 1] = sums[index] + (value ?? 0);
+    counts[index + 1] = counts[index] + (value === null ? 0 : 1);
+  });
+  return values.map((_, index) => {
+    const from = Math.max(0, index - width), to = Math.min(values.length, index + width + 1);
+    const count = counts[to] - counts[from];
+    return count ? (sums[to] - sums[from]) / count : null;
+  });
 }
 
 function lastKnown(values) {

@@ -42,7 +42,7 @@ function figures(store) {
     "tokens trained/s": number(Math.round(steps.last("tokens_per_second") ?? 0)), "groups ready": number(now.groups_ready),
     "open leases": number(now.open_leases),
   };
-  of("figures").replaceChildren(...Object.entries(found).map(([name, value]) => {
+  of("figures").replaceChildren(...Object.entries(found).filter(([, value]) => value !== "-").map(([name, value]) => {
     const box = document.createElement("div");
     box.append(text("dt", name), text("dd", value));
     return box;
@@ -50,6 +50,7 @@ function figures(store) {
 }
 
 function services(now) {
+  document.querySelector("#health .tables").hidden = !now.services.length;  // of a run that has stopped
   rows(of("services"), now.services.map((each) => [
     each.name, { say: each.state, name: each.ok ? "good" : "bad" }, each.waiting_for || "-",
   ]));

@@ -7,6 +7,13 @@ function several(store, names) {
   return { x, series: names.filter(([name]) => name in columns).map(([name, label]) => ({ label, y: columns[name] })) };
 }
 
+// Those that there are at least so many of, and that are not nothing throughout.
+const some = (least, data) => (store) => {
+  const { x, series } = data(store);
+  const there = series.filter(({ y }) => y.some(Boolean));
+  return { x, series: there.length >= least ? there : [] };
+};
+
 const prefixed = (prefix, say = (name) => name) => (store) =>
   several(store, store.steps.named(prefix).map((name) => [name, say(name.slice(prefix.length))]));
 
@@ -68,14 +75,14 @@ export const PANELS = [
     say: "Falls while the policy becomes sure. Near 0 early: all responses are alike, nothing is left to learn from." },
   { section: "learning", name: "finished", title: "Responses that end by themselves", unit: "share", range: share,
     data: one("stopped"), say: "It falls: the token limit cuts responses off; raise sampling.max_tokens." },
-  { section: "learning", name: "rewards", title: "Reward components", unit: "mean per response", data: prefixed("reward/"),
+  { section: "learning", name: "rewards", title: "Reward components", unit: "mean per response", data: some(2, prefixed("reward/")), optional: true,
     say: "What the reward is made of: one component may rise at another's expense." },
   { section: "health", name: "log_ratio", title: "Spread of the log-ratio, by age", unit: "standard deviation, nats", data: ages,
     say: "Age 0 near 0: what is there is the engine. Age 1 wide: one step moves the policy far, lower the learning rate." },
   { section: "health", name: "policy_age", title: "Policy age of trained tokens", unit: "optimizer steps",
     data: (store) => several(store, [["policy_age_mean", "mean"], ["policy_age_max", "oldest token"]]),
     say: "How old trained tokens are; pacing.lookahead sets it." },
-  { section: "health", name: "outcomes", title: "What became of the groups", unit: "groups per step", data: prefixed("outcome/"),
+  { section: "health", name: "outcomes", title: "What became of the groups", unit: "groups per step", data: some(1, prefixed("outcome/")),
     say: "degenerate rises as prompts become easy, or never solved. refused, invalid, stale should stay at 0." },
   { section: "health", name: "gradient_norm", title: "Gradient norm", unit: "before clipping", data: one("gradient_norm"),
     say: "Single peaks are clipped. A level that rises for long: the learning rate is too high." },
@@ -93,7 +100,7 @@ export const PANELS = [
     say: "1 is the plain policy gradient. Low: tokens whose ratio is far from 1 count for little." },
   { section: "objective", name: "sample_size", title: "Effective sample size", unit: "share of tokens", range: share,
     data: signs("effective_sample_size"), say: "The share of tokens that would, all weighted alike, tell as much. Low: a few decide." },
-  { section: "objective", name: "kl", title: "KL of behaviour to current policy", unit: "nats per token", data: signs("kl"),
+  { section: "objective", name: "kl", optional: true, title: "KL of behaviour to current policy", unit: "nats per token", data: signs("kl"),
     say: "How far the policy has moved from the one that sampled." },
 ];
 
