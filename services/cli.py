@@ -24,6 +24,7 @@ from services.export_command import app as export_app
 from services.history import app as history_app
 from services.objectives_command import app as objectives_app
 from services.plot_command import app as plot_app
+from services.runtime import garbage
 from services.runtime.settings import dump_yaml, load_config
 from services.serve import PLAIN_HELP, ConfigFile, Set
 from services.serve import app as serve_app
@@ -265,11 +266,14 @@ def sample(
 
 def main() -> None:
     """Entry point of the process."""
+    garbage.loading()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no error
     logging.basicConfig(level=logging.WARNING, format="sapo: %(message)s")
-    sys.exit(terminal.run(app))
+    code = terminal.run(app)
+    garbage.ending()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sapo_learner.errors import ConfigError
-from services.runtime import lifecycle
+from services.runtime import garbage, lifecycle
 from services.runtime.logging import configure
 from services.runtime.processes import end_with_parent
 from services.runtime.settings import Environment, load_config
@@ -94,6 +94,7 @@ def serve_learner(
 
     if follows():
         configure(f"learner rank {os.environ['RANK']}")
+        garbage.loaded()
         raise typer.Exit(follow())
     _serve("learner", lambda life: serve(life, Environment(), http_listen=http_listen, from_step=from_step))
 
@@ -121,4 +122,5 @@ def serve_rollout(
 
 def _serve(name: str, service: Callable[[lifecycle.Lifecycle], Awaitable[None]]) -> None:
     configure(name)
+    garbage.loaded()
     raise typer.Exit(lifecycle.run(service))

@@ -1,5 +1,6 @@
 """What tests of the whole stack share."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,18 @@ import pytest
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+gc.disable()  # while modules load, which are no garbage
+
+
+def pytest_collection_finish() -> None:
+    """From here on as usual, but never again among what was loaded."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
