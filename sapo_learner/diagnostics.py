@@ -3,7 +3,9 @@
 Over the tokens of a step that the loss sees, in all and by group: sign of the advantage (positive, negative) and policy
 age in optimizer steps (age_0, age_1, age_2, age_3_4, ...).
 
-    log_ratio_std           spread of z = log pi_theta - log pi_old
+    log_ratio               mean of z = log pi_theta - log pi_old, which staleness alone leaves near 0
+    log_ratio_std           spread of z
+    importance_ratio        mean of e^z
     kl                      mean of e^z - 1 - z >= 0: the k3 estimate (J. Schulman, "Approximating KL divergence") of
                             KL(pi_old || pi_theta) on tokens of pi_old
     clamped                 share of tokens whose z was cut off, and with it their gradient
@@ -78,7 +80,9 @@ def _figures(columns: Mapping[str, Values]) -> dict[str, float]:
     z, weights = columns["log_ratio"], columns["coefficient"]
     squares = float((weights**2).sum())
     figures = {
+        "log_ratio": float(z.mean()),
         "log_ratio_std": float(z.std()),
+        "importance_ratio": float(np.exp(z).mean()),
         "kl": float((np.expm1(z) - z).mean()),
         "clamped": float(columns["clamped"].mean()),
         "effective_sample_size": float(weights.sum() ** 2 / (len(weights) * squares)) if squares else 0.0,

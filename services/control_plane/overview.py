@@ -41,8 +41,12 @@ def status(
         "published_step": state.published_step,
         "accepted": state.sequence,
         "unread": state.unread_entries,
+        "unread_bytes": state.unread_bytes,
+        "redis_memory_bytes": state.memory_used_bytes,
         "groups_ready": max(0, state.sequence - learner.cursor),  # Redis may have just been lost
         "open_leases": len(state.leases),
+        "overdue_leases": sum(each.remaining_seconds < 0 for each in state.leases),
+        "oldest_lease_seconds": state.oldest_lease_seconds,
         "reoffered": len(state.reoffered),
         "since": (record.last("session") or {"time": time.time()})["time"],
         "slowest_draws": [

@@ -67,6 +67,7 @@ class ControlPlane:
         self.workers = Workers()
         self._changed = asyncio.Event()  # set, and replaced, whenever something changes
         self._waiting = 0
+        metrics.configured(config)
         self._left: dict[str, float] = {}  # worker -> when it went
         self.closing = False
         self.learner_heard: float | None = None  # time.monotonic of its last report
@@ -97,7 +98,7 @@ class ControlPlane:
                     await self._save_evaluations()
                     await self._save_learner_report()
                     self._notify()
-                self._metrics.observe(await self.status())
+                self._metrics.observe(await self.status(), await self.ledger(), await self.policies.disk_usage())
                 redis(None)
             except Unavailable as error:
                 redis(str(error))
@@ -136,6 +137,7 @@ class ControlPlane:
         )
 
     async def release(self, request: api.ReleaseRequest) -> None:
+        self._metrics.probe_misses.inc(request.probe_missed)
         leases = {(each.draw, each.attempt) for each in request.leases}
         if request.leaving:  # a grant may be on its way to it, or another one about to be made
             self._left[request.worker] = time.monotonic()

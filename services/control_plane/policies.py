@@ -18,6 +18,7 @@ from sapo_learner.segment import fsync
 from services.control_plane.blobs import BlobDirectory
 from services.control_plane.fence import our_fence
 from services.runstore import Policy, Published, RunState, RunStore
+from services.runtime.disk_usage import DiskUsage, disk_usage
 
 
 class Policies:
@@ -34,6 +35,7 @@ class Policies:
         self._store, self._token, self._keep, self._max_policy_age = store, token, keep, max_policy_age
         self._steps_back = steps_back
         self.blobs = BlobDirectory(directory / "blobs")
+        self._directory = directory
         self._manifests, self._facts = directory / "manifests", directory / "facts.json"
         self._manifests.mkdir(parents=True, exist_ok=True)
         self._publishing = asyncio.Lock()
@@ -138,6 +140,9 @@ class Policies:
         named, registered = Manifest.from_json(path.read_bytes()).blobs(), path.stat().st_mtime
         path.unlink()
         return {blob.sha256: registered for blob in named}
+
+    async def disk_usage(self) -> DiskUsage:
+        return await asyncio.to_thread(disk_usage, self._directory)
 
     def newest(self) -> int:
         """The highest version on disk; -1 when there is none."""

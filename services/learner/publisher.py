@@ -140,6 +140,7 @@ class Publisher:
         try:
             for blob in manifest.blobs():
                 await self._control.upload(self._staging / blob.sha256, blob)
+                self._metrics.publish_bytes.inc(blob.size)
         except FileNotFoundError:  # while this process was stopped
             raise Fenced(
                 "a newer learner has cleared this one's files away", where=str(self._staging), fix="stop this process"

@@ -151,7 +151,8 @@ class ArchiveLog:
         """archive: None on a rank of the learner that is told of entries by another, and never asks here."""
         self._given = archive
         self._stopping = threading.Event()
-        self.waited_seconds = 0.0
+        self._waited_seconds = 0.0
+        self._waiting_since: float | None = None
         self.waiting_for = ""
 
     @property
@@ -159,8 +160,14 @@ class ArchiveLog:
         assert self._given is not None, "only the first rank has an archive"
         return self._given
 
+    @property
+    def waited_seconds(self) -> float:
+        """Spent in `next` so far, a call that goes on included; from any thread."""
+        since = self._waiting_since
+        return self._waited_seconds + (0.0 if since is None else time.monotonic() - since)
+
     def next(self, after: int, count: int) -> list[Entry] | None:
-        started = time.monotonic()
+        started = self._waiting_since = time.monotonic()
         try:
             while not self._stopping.is_set():
                 have = self._archive.head.sequence - after
@@ -170,7 +177,8 @@ class ArchiveLog:
                 self._archive.wait(after + count - 1, timeout=0.2)
             return None
         finally:
-            self.waited_seconds += time.monotonic() - started
+            self._waiting_since = None
+            self._waited_seconds += time.monotonic() - started
             self.waiting_for = ""
 
     def controls(self, after: int, *, anywhere: bool = False) -> list[Entry]:

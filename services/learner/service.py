@@ -7,6 +7,7 @@ training thread     TrainingSession: blocks on the archive, steps, checkpoints
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ from services.learner.shown_groups import TrainedGroup
 from services.runstore import RunStore
 from services.runtime import api
 from services.runtime.client import ControlPlaneClient
+from services.runtime.disk_usage import disk_usage
 from services.runtime.http import probe_app, serving
 from services.runtime.lifecycle import DRAIN_GRACE_SECONDS, Lifecycle
 from services.runtime.logging import of_run
@@ -41,6 +43,7 @@ from services.runtime.settings import Environment, RunConfig, save_config
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0
+MEASURE_SECONDS = 10.0  # between two looks at how much disk the run takes
 FAREWELL_SECONDS = 5.0
 
 
@@ -78,6 +81,7 @@ class _Service:
         self._thread = ThreadPoolExecutor(1, "training")
         self._probe: BehaviourProbe | None = None
         self._shows = True  # groups as they were trained
+        self._measured = -math.inf
 
     async def run(self, from_step: int | None) -> None:
         """With the other ranks, if there are some: they wait for this one's orders, and then do as it does."""
@@ -137,6 +141,7 @@ class _Service:
                 spare = load_policy(model_directory, weights=False)
                 self._probe = BehaviourProbe(self._control, spare, directory / "staging" / f"{token:08d}-probe")
             await self._report("training", {"kind": "warm_start", **warm_start} if warm_start else None)
+            await self._look()
             self._lifecycle.ready()
             await self._train(reader, publisher)
 
@@ -264,12 +269,13 @@ class _Service:
             try:
                 news = await asyncio.wait_for(self._news.get(), REPORT_SECONDS)
             except TimeoutError:
+                await self._look()
                 done = self._session.learner.step_count >= self._session.learner.settings.training.steps
                 if not done or self._session.log.waiting_for:
                     await self._report("training")
                 continue
             self._metrics.observe(news.record)
-            self._metrics.checkpoint.set(self._session.saved_step)
+            await self._look()
             await self._report("training", news.record, news.progress)
             if news.shown:
                 await self._show(news.shown)
@@ -285,6 +291,17 @@ class _Service:
             except NotFound:
                 log.warning("the control plane is older and takes no groups to show")
                 self._shows = False
+    async def _look(self) -> None:
+        """What metrics say beside a step's figures, also of one that does not end."""
+        self._metrics.at(self._session.progress.step, self._session.saved_step)
+        self._metrics.waited(self._session.log.waited_seconds)
+        if time.monotonic() - self._measured >= MEASURE_SECONDS:
+            directory = self._config.run.directory
+            checkpoints, archive = [
+                await asyncio.to_thread(disk_usage, directory / part) for part in ("checkpoints", "archive")
+            ]
+            self._metrics.observe_disk(checkpoints, archive)
+            self._measured = time.monotonic()
 
     async def _check(self, probe: BehaviourProbe, step: StepReport) -> None:
         try:

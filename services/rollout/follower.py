@@ -34,7 +34,11 @@ SWAP_SECONDS = 600.0  # an engine that takes longer for new weights hangs
 class PolicyStore:
     """Fetches snapshots into a scratch directory of the worker's."""
 
-    def __init__(self, control: ControlPlaneClient, scratch: Path) -> None:
+    def __init__(
+        self, control: ControlPlaneClient, scratch: Path, arrived: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """arrived: told the bytes of each blob that was fetched."""
+        self._arrived = arrived
         self._control, self._blobs, self.model_directory = control, scratch / "blobs", scratch / "model"
         self._blobs.mkdir(parents=True, exist_ok=True)
 
@@ -42,7 +46,9 @@ class PolicyStore:
         """Download a version (None: the current one) and forget every other one's blobs."""
         manifest = await self._control.manifest(version)
         for blob in manifest.blobs():
-            await self._control.download(blob, self._blobs)
+            if not (self._blobs / blob.sha256).exists():
+                await self._control.download(blob, self._blobs)
+                self._arrived(blob.size)
         wanted = {blob.sha256 for blob in manifest.blobs()}
         for path in self._blobs.iterdir():
             if path.name.removesuffix(".part") not in wanted:
@@ -92,6 +98,8 @@ class Follower:
         self._proved, self._progress = -1, asyncio.Condition()
         self.probe: ProbeResult | None = None
         """Of the newest version that was proved; None when it carries no probe."""
+        self.missed = False
+        """Whether the engine computes a version otherwise than the learner, and the worker ends for it."""
         self._heard, self._hint = -1, asyncio.Event()
         self._swapping = asyncio.Lock()  # no pin is taken while a swap is under way or waits for the pins
         self._pins, self._unpinned = 0, asyncio.Event()
@@ -157,6 +165,7 @@ class Follower:
         if self._on_miss == "warn":
             log.warning("%s", what)
             return result
+        self.missed = True
         raise Corrupt(
             f"{what}; nothing sampled under it is sent",
             where=self._engine.name,

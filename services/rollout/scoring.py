@@ -6,6 +6,7 @@ reward, not of the response: it is counted, named in the log with its prompt, an
 
 import asyncio
 import ctypes
+import itertools
 import logging
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import numpy as np
 import pebble
 
 from sapo_learner.errors import ConfigError, SapoError
+from services.runtime.metric_definitions import FAILED
 from services.runtime.metrics import RolloutMetrics
 from services.runtime.processes import end_group_with_me, exit_reason
 from services.runtime.sampling_settings import ScoringSettings
@@ -58,6 +60,8 @@ class Scorer:
         self.tasks, self._scoring, self._metrics = build_all(settings), scoring, metrics
         for task in self.tasks.values():
             task.ready()
+        for label, kind in itertools.product(self.tasks, FAILED):
+            metrics.scoring_failures.labels(label, kind)  # there from the start
         self._worth = 0.0 if scoring.on_error == "stop" else scoring.on_error
         self._settings = list(settings)
         self.failures = Counter[str]()  # responses that could not be scored or replied to, by reason

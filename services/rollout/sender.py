@@ -66,7 +66,8 @@ class GroupSender:
         self._metadata = (("authorization", f"Bearer {token}"),)
         self._pending: dict[Key, _Pending] = {}  # in the order they were sent first
         self._stream = _Stream()
-        self._credits = 0
+        self.credits = 0
+        """Groups that ingest lets this worker have unacknowledged."""
         self._changed = asyncio.Event()  # credits, or what is pending
 
     @property
@@ -79,7 +80,7 @@ class GroupSender:
         Raises InvalidTrajectory at once for a group that does not fit into one message.
         """
         message, key = to_message(group, max_bytes=self._max_bytes), (group.draw, group.attempt)
-        while len(self._pending) >= self._credits:
+        while len(self._pending) >= self.credits:
             self._changed.clear()
             await self._changed.wait()
         pending = self._pending[key] = _Pending(message, asyncio.get_running_loop().create_future())
@@ -178,11 +179,11 @@ class GroupSender:
     def _take(self, response: pb.StreamTrajectoryGroupsResponse, stream: _Stream) -> None:
         match response.WhichOneof("message"):
             case "welcome":
-                self._credits = response.welcome.credits
+                self.credits = response.welcome.credits
                 self._changed.set()
                 stream.welcomed.set()
             case "credits":
-                self._credits = response.credits.limit
+                self.credits = response.credits.limit
                 self._changed.set()
             case "ack":
                 self._settle(response.ack, stream)

@@ -57,7 +57,7 @@ async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, ht
             of_run(control.run)
             torch.set_num_threads(config.engine.threads)
             with Scorer(config.scored, config.scoring, metrics) as scorer:
-                parts = _Parts(name, control, PolicyStore(control, scratch), scorer, metrics)
+                parts = _Parts(name, control, PolicyStore(control, scratch, metrics.sync_bytes.inc), scorer, metrics)
                 first = await _first_policy(lifecycle, config, parts.store)
                 adopt_libraries()  # an engine's are imported when it starts
                 if first is not None:
@@ -118,16 +118,19 @@ async def _work(
             environment.require("ingest_address"), environment.require("token"), hello,
             patience=environment.patience_seconds,
         )  # fmt: skip
+        parts.metrics.credits.set_function(lambda: sender.credits)
+        parts.metrics.unacknowledged.set_function(lambda: sender.unacknowledged)
         responder = Responder(engine, started.tokenizer, parts.scorer, config, parts.metrics)
         follower = Follower(
             engine, parts.store, parts.metrics, dtype=_computes_in(config, manifest), on_miss=config.probe.on_miss
         )
-        lifecycle.wait_for("start", "the engine's answer to the probe")
-        await follower.prove(manifest)
         worker = Worker(parts.name, config, engine, responder, follower, parts.control, sender, parts.metrics)
-        log.info("worker %s serves version %d with %s", parts.name, engine.policy_version.version, engine.name)
-        lifecycle.ready()
-        await _run(lifecycle, worker, follower, sender, parts.control)
+        async with worker.last_words():
+            lifecycle.wait_for("start", "the engine's answer to the probe")
+            await follower.prove(manifest)
+            log.info("worker %s serves version %d with %s", parts.name, engine.policy_version.version, engine.name)
+            lifecycle.ready()
+            await _run(lifecycle, worker, follower, sender, parts.control)
     finally:
         await engine.close()
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,6 +191,19 @@ class Worker:
                 log.info("lease of draw %d lost: sampling stopped", each.draw, extra=fields)
                 lease.task.cancel()
 
+    @contextlib.asynccontextmanager
+    async def last_words(self) -> AsyncIterator[None]:
+        """A worker whose engine computes something else says so before it ends, for its own metrics end unread; and
+        hands back what it holds."""
+        try:
+            yield
+        finally:
+            if self._follower.missed:
+                leaving = api.ReleaseRequest(worker=self.name, leases=[], leaving=True, probe_missed=True)
+                with contextlib.suppress(SapoError, TimeoutError):
+                    async with asyncio.timeout(DRAIN_SECONDS):
+                        await self._control.release(leaving)
+
     def _take_progress(self) -> list[api.LeaseProgress]:
         """Tokens per lease since the last time. What is sampled keeps its lease while it is scored, however slowly, and
         while ingest cannot take it: sampling it again would help nobody."""
@@ -257,6 +270,7 @@ class Worker:
     def _observe(self, sampled: Sequence[Sampled]) -> None:
         for each in sampled:
             self._metrics.response_tokens.observe(len(each.token_ids))
+            self._metrics.responses.labels(ended(each)).inc()
         mixed = sum(len(each.spans) > 1 for each in sampled)
         self._metrics.mixed.inc(mixed)
         self._mixed += mixed

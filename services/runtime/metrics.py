@@ -1,174 +1,199 @@
-"""Every metric of every process, in one file. Names follow the Prometheus conventions: base units, `_total` counters.
+"""What each process tells Prometheus: how reports become the values of what `metric_definitions` defines.
 
 A process builds the one class that is its own; a metric observes reports and never steers anything. No label grows with
 the data.
 """
 
 import math
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from services.runtime.disk_usage import DiskUsage
+from services.runtime.metric_definitions import GROUPS, MAX_DIAGNOSTICS, MAX_VALUES, OUTCOMES
+from services.runtime.metric_registry import Bounded, Metrics
 
-_AGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)
-_STEP_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
-_RPC_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
-_TOKENS = tuple(2**power for power in range(0, 18))
-
-
-class _Metrics:
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-
-    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
-        return Gauge(name, text, labels, registry=self.registry)
-
-    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
-        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+if TYPE_CHECKING:
+    from services.runtime.settings import RunConfig
 
 
-class ControlPlaneMetrics(_Metrics):
+class ControlPlaneMetrics(Metrics):
+    service = "control-plane"
+
     def __init__(self) -> None:
         super().__init__()
-        self.leases = self._counter("sapo_leases_granted", "Training leases granted")
-        self.version = self._gauge("sapo_policy_version", "Current version of the policy registry")
-        self.open_leases = self._gauge("sapo_leases_open", "Training leases that are neither used nor handed back")
-        self.accepted = self._gauge("sapo_log_accepted_groups", "Last sequence of the log")
-        self.unread = self._gauge("sapo_log_unread_groups", "Groups in Redis that the learner has not archived")
-        self.ready = self._gauge("sapo_groups_ready", "Accepted groups that no step has consumed")
-        self.workers = self._gauge("sapo_workers", "Rollout workers whose heartbeat is recent")
-        self.pass_at_1 = self._gauge("sapo_evaluation_pass_at_1", "Held-out pass@1 of the newest evaluation")
-        self.writer_lost = self._counter(
-            "sapo_record_writer_lost_lines", "Lines of the record that a writer has not taken, by why",
-            ("writer", "reason"),
-        )  # fmt: skip
+        self.leases = self._counter("sapo_leases_granted_total")
+        self.probe_misses = self._counter("sapo_worker_probe_misses_total")
+        self.writer_lost = self._counter("sapo_record_writer_lost_lines_total")
 
-    def observe(self, status: Mapping[str, Any]) -> None:
-        self.version.set(status["version"] or 0)
-        self.open_leases.set(status["open_leases"])
-        self.accepted.set(status["accepted"])
-        self.unread.set(status["unread"])
-        self.ready.set(status["groups_ready"])
-        self.workers.set(len(status["workers"]))
+    def configured(self, config: "RunConfig") -> None:
+        """What the others are compared with."""
+        self._gauge("sapo_max_policy_age_steps").set(config.training.max_policy_age)
+        self._gauge("sapo_groups_per_step").set(config.training.groups_per_step)
+        self._gauge("sapo_log_limit_groups").set(config.ingest.max_entries)
+        self._gauge("sapo_log_limit_bytes").set(config.ingest.max_bytes)
+
+    def observe(self, status: Mapping[str, Any], ledger: Mapping[str, Any], snapshots: DiskUsage) -> None:
+        """status, ledger: as the control plane answers them."""
+        for name, value in {
+            "sapo_policy_version": status["version"] or 0,
+            "sapo_policy_step": status["published_step"] or 0,
+            "sapo_run_steps_left": max(0, status["steps"] - status["learner"]["step"]),
+            "sapo_oldest_lease_seconds": status["oldest_lease_seconds"],
+            "sapo_log_accepted_groups": status["accepted"],
+            "sapo_log_unread_groups": status["unread"],
+            "sapo_log_unread_bytes": status["unread_bytes"],
+            "sapo_redis_memory_bytes": status["redis_memory_bytes"],
+            "sapo_groups_ready": status["groups_ready"],
+            "sapo_ledger_problems": len(ledger["problems"]),
+            "sapo_snapshots_bytes": snapshots.used_bytes,
+            "sapo_snapshots_disk_free_bytes": snapshots.free_bytes,
+        }.items():
+            self._gauge(name).set(value)
+        leases, overdue = self._gauge("sapo_leases"), status["overdue_leases"]
+        leases.labels("open").set(status["open_leases"] - overdue)
+        leases.labels("overdue").set(overdue)
+        leases.labels("reoffered").set(status["reoffered"])
+        for outcome in (*OUTCOMES, "backlog"):
+            self._gauge("sapo_ledger_groups").labels(outcome).set(ledger.get(outcome, 0))
         if status["evaluations"]:
-            self.pass_at_1.set(status["evaluations"][-1]["pass_at_1"])
+            newest = status["evaluations"][-1]
+            self._gauge("sapo_evaluation_pass_at_1").set(newest["pass_at_1"])
+            self._gauge("sapo_evaluation_step").set(newest["step"])
+        self._observe_workers(status["workers"], status["published_step"] or 0)
+
+    def _observe_workers(self, workers: list[dict[str, Any]], step: int) -> None:
+        """Series of those alive and of no other: a name may never come again."""
+        self._gauge("sapo_workers").set(len(workers))
+        figures = {
+            "sapo_worker_policy_version": [each["version"] for each in workers],
+            "sapo_worker_policy_lag_steps": [max(0, step - each["step"]) for each in workers],
+            "sapo_worker_tokens_per_second": [each["tokens_per_second"] for each in workers],
+            "sapo_worker_heartbeat_age_seconds": [each["age_seconds"] for each in workers],
+        }
+        for name, values in figures.items():
+            gauge = self._gauge(name)
+            gauge.clear()
+            for worker, value in list(zip(workers, values, strict=True))[:MAX_VALUES]:
+                gauge.labels(worker["worker"]).set(value)
 
 
-class IngestMetrics(_Metrics):
+class IngestMetrics(Metrics):
+    service = "ingest"
+
     def __init__(self) -> None:
         super().__init__()
-        self.acks = self._counter("sapo_ingest_acks", "Groups answered, by status", ("status",))
-        self.bytes = self._counter("sapo_ingest_accepted_bytes", "Bytes of accepted groups")
-        self.streams = self._gauge("sapo_ingest_streams", "Open worker streams")
-        self.forgotten = self._counter(
-            "sapo_ingest_forgotten_groups", "Acknowledged groups that Redis has lost since, as this replica found out"
-        )
-        self.seconds = self._histogram(
-            "sapo_ingest_group_seconds", "Time from a group's arrival to its ack", _RPC_SECONDS
-        )
+        self.acks = self._counter("sapo_ingest_acks_total")
+        self.bytes = self._counter("sapo_ingest_accepted_bytes_total")
+        self.streams = self._gauge("sapo_ingest_streams")
+        self.forgotten = self._counter("sapo_ingest_forgotten_groups_total")
+        self.seconds = self._histogram("sapo_ingest_group_seconds")
 
 
-class RolloutMetrics(_Metrics):
+class RolloutMetrics(Metrics):
+    service = "rollout"
+
     def __init__(self) -> None:
         super().__init__()
-        self.tokens = self._counter("sapo_rollout_tokens", "Tokens sampled")
-        self.groups = self._counter("sapo_rollout_groups", "Groups whose ack is final, by status", ("status",))
-        self.version = self._gauge("sapo_rollout_policy_version", "Version that this worker serves")
-        self.waiting = self._counter(
-            "sapo_rollout_waiting_seconds", "Time without a lease to sample for, by what kept one back", ("reason",)
-        )
-        self.response_tokens = self._histogram("sapo_rollout_response_tokens", "Tokens per response", _TOKENS)
-        self.mixed = self._counter(
-            "sapo_rollout_mixed_version_responses", "Responses sampled under more than one version"
-        )
-        self.sync_seconds = self._histogram(
-            "sapo_weight_sync_seconds", "From hearing of a version to serving it", _RPC_SECONDS
-        )
-        self.sync_failures = self._counter(
-            "sapo_weight_sync_failures", "Versions that could not be fetched or verified"
-        )
-        self.probe_max = self._gauge(
-            "sapo_rollout_probe_max_abs_difference",
-            "Engine against learner on the newest version's probe, nats, largest",
-        )
-        self.probe_mean = self._gauge(
-            "sapo_rollout_probe_mean_abs_difference", "Engine against learner on the newest version's probe, nats, mean"
-        )
-        self.probe_misses = self._counter(
-            "sapo_rollout_probe_misses", "Versions that the engine computes otherwise than the learner"
-        )
-        self.scoring_failures = self._counter(
-            "sapo_rollout_scoring_failures", "Scores and replies of a task that failed, by how", ("task", "reason")
-        )
-        self.dropped = self._counter("sapo_rollout_dropped_samples", "Responses thrown away, by why", ("reason",))
+        self.tokens = self._counter("sapo_rollout_tokens_total")
+        self.groups = self._counter("sapo_rollout_groups_total")
+        self.responses = self._counter("sapo_rollout_responses_total")
+        self.version = self._gauge("sapo_rollout_policy_version")
+        self.waiting = self._counter("sapo_rollout_waiting_seconds_total")
+        self.credits = self._gauge("sapo_rollout_credits")
+        self.unacknowledged = self._gauge("sapo_rollout_unacknowledged_groups")
+        self.response_tokens = self._histogram("sapo_rollout_response_tokens")
+        self.mixed = self._counter("sapo_rollout_mixed_version_responses_total")
+        self.sync_seconds = self._histogram("sapo_weight_sync_seconds")
+        self.sync_bytes = self._counter("sapo_weight_sync_bytes_total")
+        self.sync_failures = self._counter("sapo_weight_sync_failures_total")
+        self.probe_max = self._gauge("sapo_rollout_probe_max_abs_difference")
+        self.probe_mean = self._gauge("sapo_rollout_probe_mean_abs_difference")
+        self.probe_misses = self._counter("sapo_rollout_probe_misses_total")
+        self.scoring_failures = self._counter("sapo_rollout_scoring_failures_total")
+        self.dropped = self._counter("sapo_rollout_dropped_samples_total")
 
 
-class LearnerMetrics(_Metrics):
+OF_TOKENS = {
+    "log_ratio": "sapo_learner_log_ratio_mean_nats",
+    "log_ratio_std": "sapo_learner_log_ratio_std_nats",
+    "clamped": "sapo_learner_clamped_ratio",
+    "importance_ratio": "sapo_learner_importance_ratio",
+    "kl": "sapo_learner_kl_nats",
+    "gate": "sapo_learner_gate_weight",
+    "coefficient": "sapo_learner_coefficient",
+    "effective_sample_size": "sapo_learner_effective_sample_size_ratio",
+}
+"""Diagnostic of every objective -> metric, by group of tokens. All other diagnostics are one metric together."""
+
+
+class LearnerMetrics(Metrics):
+    service = "learner"
+
     def __init__(self) -> None:
         super().__init__()
-        self.step = self._gauge("sapo_learner_step", "Optimizer steps done")
-        self.groups = self._counter("sapo_learner_groups", "Groups consumed, by outcome", ("outcome",))
-        self.tokens = self._counter("sapo_learner_tokens", "Tokens trained on")
-        self.reward = self._gauge("sapo_learner_reward", "Mean reward of the last step's responses")
-        self.age = self._histogram("sapo_learner_policy_age_steps", "Mean policy age of a step's tokens", _AGES)
-        self.step_seconds = self._histogram("sapo_learner_step_seconds", "Time of one optimizer step", _STEP_SECONDS)
-        self.phase_seconds = self._histogram(
-            "sapo_learner_phase_seconds", "Time of each phase of a step", _STEP_SECONDS, ("phase",)
-        )
-        self.phase_memory = self._gauge(
-            "sapo_learner_phase_memory_bytes",
-            "Most memory in each phase of the last step: allocated on the GPU, or resident",
-            ("phase",),
-        )
-        self.flops = self._gauge(
-            "sapo_learner_flops_per_second", "Model FLOPs of the last step, of all ranks; NaN: not known"
-        )
-        self.mfu = self._gauge("sapo_learner_mfu", "Share of the hardware's peak that these are; NaN: not known")
-        self.waiting = self._counter("sapo_learner_waiting_seconds", "Time without enough groups for a step")
-        self.gradient_norm = self._gauge("sapo_learner_gradient_norm", "Global gradient norm before clipping")
-        self.entropy = self._gauge("sapo_learner_entropy_nats", "Mean entropy per token of the current policy")
-        self.log_ratio_std = self._gauge(
-            "sapo_learner_log_ratio_std", "Spread of current over behaviour log-prob per token"
-        )
-        self.diagnostics = self._gauge(
-            "sapo_objective_diagnostic",
-            "What the objective did to a step's tokens, by sign of advantage or policy age",
-            ("name", "group"),
-        )
-        self.checkpoint = self._gauge("sapo_checkpoint_step", "Optimizer step of the newest checkpoint")
-        self.archive_bytes = self._gauge("sapo_archive_bytes", "Size of the archive on disk")
-        self.probe = self._gauge(
-            "sapo_probe_behaviour_logprob_max_abs_diff", "Recorded against recomputed behaviour log-probs, last probe"
-        )
-        self.publish_seconds = self._histogram("sapo_publish_seconds", "Time to publish a snapshot", _RPC_SECONDS)
+        self.probe = self._gauge("sapo_probe_behaviour_logprob_max_abs_diff")
+        self.publish_seconds = self._histogram("sapo_publish_seconds")
+        self.publish_bytes = self._counter("sapo_publish_bytes_total")
+        self._components = Bounded(self._gauge("sapo_learner_reward_component"), MAX_VALUES)
+        self._others = Bounded(self._gauge("sapo_objective_diagnostic"), MAX_DIAGNOSTICS)
+        self._waited = 0.0
+        self._saved_step: int | None = None
+
+    def at(self, step: int, saved_step: int) -> None:
+        """Where training stands, and of which step the newest checkpoint is."""
+        self._gauge("sapo_learner_step").set(step)
+        if saved_step != self._saved_step:
+            self._saved_step = saved_step
+            self._gauge("sapo_checkpoint_step").set(saved_step)
+            self._gauge("sapo_checkpoint_timestamp_seconds").set(time.time())
+
+    def waited(self, seconds: float) -> None:
+        """seconds: without enough groups since the process started, those of a wait that goes on included."""
+        self._counter("sapo_learner_waiting_seconds_total").inc(max(0.0, seconds - self._waited))
+        self._waited = max(self._waited, seconds)
+
+    def observe_disk(self, checkpoints: DiskUsage, archive: DiskUsage) -> None:
+        self._gauge("sapo_checkpoints_bytes").set(checkpoints.used_bytes)
+        self._gauge("sapo_archive_bytes").set(archive.used_bytes)
+        self._gauge("sapo_learner_disk_free_bytes").set(archive.free_bytes)
 
     def observe(self, record: Mapping[str, Any]) -> None:
         """record: the step's line as the learner reports it."""
-        self.step.set(record["step"])
         for outcome, count in record["outcomes"].items():
-            self.groups.labels(outcome).inc(count)
-        self.tokens.inc(record["tokens"])
-        self.reward.set(record["reward"])
-        self.age.observe(record["policy_age_mean"])
-        self.step_seconds.observe(record["ended"] - record["started"])
-        self.waiting.inc(record["waited_seconds"])
+            self._counter("sapo_learner_groups_total").labels(outcome).inc(count)
+        self._counter("sapo_learner_tokens_total").inc(record["tokens"])
+        for name, value in {
+            "sapo_learner_reward": record["reward"],
+            "sapo_learner_gradient_norm": record["gradient_norm"],
+            "sapo_learner_entropy_nats": record["entropy"],
+            "sapo_learner_policy_age_max_steps": record["policy_age_max"],
+            "sapo_learner_flops_per_second": record["flops_per_second"],
+            "sapo_learner_mfu": record.get("mfu"),
+        }.items():
+            self._gauge(name).set(_known(value))
+        for component, value in record["rewards"].items():
+            self._components.labels(component).set(value)
+        self._histogram("sapo_learner_policy_age_steps").observe(record["policy_age_mean"])
+        self._observe_costs(record)
+        self._observe_diagnostics(record["diagnostics"])
+
+    def _observe_costs(self, record: Mapping[str, Any]) -> None:
+        self._histogram("sapo_learner_step_seconds").observe(record["ended"] - record["started"])
         for phase, seconds in record["seconds"].items():
-            self.phase_seconds.labels(phase).observe(seconds)
+            self._histogram("sapo_learner_phase_seconds").labels(phase).observe(seconds)
         for phase, held in record["memory_bytes"].items():
-            self.phase_memory.labels(phase).set(held)
-        self.flops.set(_known(record["flops_per_second"]))
-        self.mfu.set(_known(record.get("mfu")))
-        self.gradient_norm.set(record["gradient_norm"])
-        self.entropy.set(record["entropy"])
-        self.log_ratio_std.set(record["log_ratio_std"])
-        for name, groups in record["diagnostics"].items():
-            for group, value in groups.items():
-                self.diagnostics.labels(name, group).set(value)
+            self._gauge("sapo_learner_phase_memory_bytes").labels(phase).set(held)
+
+    def _observe_diagnostics(self, diagnostics: Mapping[str, Mapping[str, float]]) -> None:
+        for name, metric in OF_TOKENS.items():
+            figures = diagnostics.get(name, {})
+            for group in GROUPS:  # of one without tokens in this step, nothing is known
+                self._gauge(metric).labels(group).set(_known(figures.get(group)))
+        for name, groups in diagnostics.items():
+            if name not in OF_TOKENS:
+                for group, value in groups.items():
+                    self._others.labels(name, group).set(value)
 
 
 def _known(value: float | None) -> float:

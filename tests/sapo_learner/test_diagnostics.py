@@ -48,6 +48,8 @@ def test_figures_are_sums_over_the_tokens_that_the_loss_sees() -> None:
     )
     assert found["kl"]["age_1"] == pytest.approx(sum(math.exp(x) - 1 - x for x in z[1:3]) / 2, abs=1e-12)
     assert found["log_ratio_std"]["age_1"] == pytest.approx(np.std(z[1:3]), abs=1e-12)
+    assert found["log_ratio"]["age_1"] == pytest.approx((0.5 - 0.7) / 2, abs=1e-12)
+    assert found["importance_ratio"]["positive"] == pytest.approx(sum(ratios[:2]) / 2, abs=1e-12)
 
 
 @pytest.mark.parametrize("objective", available())

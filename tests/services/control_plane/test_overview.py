@@ -23,6 +23,7 @@ from tests.small_run import (
 STATUS_FIELDS = {
     "run", "state", "steps", "learner", "last_step", "evaluations", "evaluating", "unscored", "workers", "version",
     "published_step", "accepted", "unread", "groups_ready", "open_leases", "reoffered", "slowest_draws", "since",
+    "unread_bytes", "redis_memory_bytes", "overdue_leases", "oldest_lease_seconds",
 }  # fmt: skip
 
 

@@ -88,7 +88,8 @@ class Engine:
 class Scene:
     def __init__(self, directory: Path) -> None:
         self.control, self.engine, self.metrics = ControlPlane(directory / "published"), Engine(), RolloutMetrics()
-        self.store = PolicyStore(self.control, directory / "scratch")  # type: ignore[arg-type]
+        self.arrived: list[int] = []
+        self.store = PolicyStore(self.control, directory / "scratch", self.arrived.append)  # type: ignore[arg-type]
         self.follow("float32")
         self.control.publish()
 
@@ -223,6 +224,13 @@ async def test_only_the_newest_version_s_blobs_are_kept(scene: Scene) -> None:
     manifest = scene.control.publish()
     await scene.store.fetch()
     assert {path.name for path in blobs.iterdir()} == {blob.sha256 for blob in manifest.blobs()}
+
+
+async def test_only_bytes_that_were_fetched_count(scene: Scene) -> None:
+    manifest = await scene.store.fetch()
+    assert sum(scene.arrived) == sum(blob.size for blob in manifest.blobs())
+    await scene.store.fetch()
+    assert len(scene.arrived) == len(scene.control.downloads)
 
 
 async def test_a_version_superseded_while_it_is_fetched_gives_way_to_the_newest(scene: Scene) -> None:

@@ -129,7 +129,7 @@ def answers(*texts: str) -> list[Response]:
 
 def failures(scorer: Scorer) -> dict[str, float]:
     (metric,) = scorer._metrics.scoring_failures.collect()
-    return {each.labels["reason"]: each.value for each in metric.samples if each.name.endswith("_total")}
+    return {each.labels["reason"]: each.value for each in metric.samples if each.name.endswith("_total") and each.value}
 
 
 def begun(directory: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -134,4 +135,7 @@ async def test_I4_a_worker_whose_engine_computes_something_else_samples_nothing(
         with pytest.raises(Corrupt, match="version 0 as it was learned"):
             await asyncio.wait_for(running.tasks["rollout-0"], 30)
         status = await running.control.status()
+        async with httpx.AsyncClient() as client:
+            metrics = (await client.get(f"{running.control.url}/metrics")).text
     assert (status["accepted"], status["open_leases"], status["workers"]) == (0, 0, [])
+    assert "sapo_worker_probe_misses_total 1.0" in metrics, "its own metrics have ended with it"
