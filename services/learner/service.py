@@ -291,6 +291,7 @@ class _Service:
             except NotFound:
                 log.warning("the control plane is older and takes no groups to show")
                 self._shows = False
+
     async def _look(self) -> None:
         """What metrics say beside a step's figures, also of one that does not end."""
         self._metrics.at(self._session.progress.step, self._session.saved_step)
