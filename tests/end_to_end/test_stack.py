@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from services.replay import ArchivedLog
 from services.run_directory import run_config
 from services.runtime.tracing import trace_id
 from services.wire import decode
-from tests.documents import DOCUMENTS, ROOT, Command, commands, named, write_files
+from tests.documents import DOCUMENTS, ROOT, Command, blocks, commands, named, write_files
 from tests.end_to_end.conftest import GROUP_SIZE, GROUPS_PER_STEP, MAX_POLICY_AGE, SETTINGS, STEPS, Stack
 from tests.logs import events
 from tests.own_model import write_model
@@ -263,6 +264,26 @@ def test_every_command_that_is_not_excused_runs(command: Command, workshop: Path
         capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert outcome.returncode == 0, f"{outcome.stdout}\n{outcome.stderr}"
+
+
+PIPELINES = [
+    line
+    for each in blocks(ROOT / "docs/seeing.md")
+    for line in each.text.splitlines()
+    if line.startswith(("grep ", "cat "))
+]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_group_s_way_is_found_as_the_document_says(pipeline: str, workshop: Path) -> None:
+    if "jq " in pipeline and not shutil.which("jq"):
+        pytest.skip("jq is not installed")
+    command = ["bash", "-o", "pipefail", "-c", pipeline]
+    outcome = subprocess.run(command, cwd=workshop, capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 0, outcome.stderr
+    way = outcome.stdout.splitlines()
+    assert way == sorted(way)
+    assert all(any(word in line for line in way) for word in ("leased", "sampled", "of the log", "archived", "in step"))
 
 
 @pytest.fixture(scope="module")

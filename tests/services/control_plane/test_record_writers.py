@@ -24,6 +24,7 @@ from services.record_writers.tensorboard import TensorBoard
 from services.runstore import EmbeddedRedis, RunStore
 from services.runtime.metrics import ControlPlaneMetrics
 from services.runtime.settings import RunConfig
+from tests.documents import ROOT, files
 from tests.full_disk import no_file_beyond
 from tests.small_run import Learner, control_plane, run_config
 
@@ -249,6 +250,18 @@ async def test_every_line_of_the_record_goes_to_every_writer(config: RunConfig, 
     mine = (config.run.directory / "mine").read_text().splitlines()
     assert mine == [f"{config.run.name} {config.run.seed}", *kinds, "closed"]
     assert scalars(config.run.directory / "tensorboard" / "steps") == {"step/reward": [(1, 0.5)]}
+
+
+def test_the_document_s_own_writer_does_what_it_says(run: Run) -> None:
+    path = run.directory / "slow_steps.py"
+    path.write_text(files(ROOT / "docs/seeing.md")[path.name])
+    (found,) = writer_classes([str(path)]).values()
+    writer = found(run)
+    writer.write({"kind": "session", "time": 1.0})
+    writer.write(line(1, started=0.0, ended=10.0, seconds={}))
+    writer.write(line(2, started=0.0, ended=61.0, seconds={"read": 60}))
+    writer.close()
+    assert (run.directory / "slow-steps").read_text() == "2 {'read': 60}\n"
 
 
 @pytest.mark.parametrize(
