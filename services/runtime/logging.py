@@ -84,7 +84,7 @@ def adopt_libraries() -> None:
 
     To be called again when one of them was imported later.
     """
-    for logger in logging.root.manager.loggerDict.values():
+    for logger in list(logging.root.manager.loggerDict.values()):  # others may be made meanwhile
         if isinstance(logger, logging.Logger) and any(type(each) is logging.StreamHandler for each in logger.handlers):
             logger.handlers = [each for each in logger.handlers if type(each) is not logging.StreamHandler]
             logger.propagate = True
