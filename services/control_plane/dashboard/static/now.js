@@ -58,7 +58,7 @@ function services(now) {
 
 function workers(now) {
   const alive = now.workers.map((each) => [
-    each.worker, { say: `heard ${seconds(each.age_seconds)} ago`, name: "good" }, number(each.version), String(each.behind),
+    each.worker, heard(each.age_seconds), number(each.version), String(each.behind),
     String(each.rows), number(Math.round(each.tokens_per_second)), each.probe ? number(each.probe.max) : "-", each.waiting_for || "-",
   ]);
   const gone = now.gone.map((each) => [
@@ -68,6 +68,10 @@ function workers(now) {
   rows(of("workers"), all.length ? all : [["none is heard of", "-", "-", "-", "-", "-", "-", "-"]],
     (index) => (index >= alive.length ? "gone" : ""));
 }
+
+const SILENT_SECONDS = 4;  // of a worker that says something every second
+const heard = (age) => ({ say: `${age > SILENT_SECONDS ? "silent for" : "heard"} ${seconds(age)}${age > SILENT_SECONDS ? "" : " ago"}`,
+  name: age > SILENT_SECONDS ? "bad" : "good" });
 
 function ledger(found) {
   if (!found) return;
