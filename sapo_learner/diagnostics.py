@@ -16,6 +16,7 @@ age in optimizer steps (age_0, age_1, age_2, age_3_4, ...).
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,11 @@ Groups = dict[str, dict[str, float]]
 AGE_EDGES = (0, 1, 2, 3, 5, 9, 17, 33)
 """A group of ages begins at each, and ends before the next."""
 COLUMNS = ("log_ratio", "clamped", "coefficient", "advantage", "age", "gate")
+LOG_RATIO_EDGES = (
+    -2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, -0.01, -0.005, -0.002, -0.001,
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2,
+)  # fmt: skip
+"""Of the bins of `histograms`; the outer two are open."""
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 
@@ -59,6 +65,25 @@ def summary(columns: Mapping[str, Values]) -> Groups:
         for name, figure in _figures({each: values[chosen] for each, values in columns.items()}).items():
             found.setdefault(name, {})[group] = figure
     return found
+
+
+def histograms(columns: Mapping[str, Values]) -> dict[str, Any]:
+    """Where the log-ratio lies, and what an objective makes of it there. columns: as for `summary`.
+
+    tokens: group -> [22 + 1] tokens in each bin between LOG_RATIO_EDGES. weight: sign -> [22 + 1] mean gate of the
+    tokens in it, of an objective without one the coefficient; None where there is no token.
+    """
+    bins = np.digitize(columns["log_ratio"], LOG_RATIO_EDGES)
+    name = "gate" if "gate" in columns else "coefficient"
+    tokens: dict[str, list[int]] = {}
+    weight: dict[str, list[float | None]] = {}
+    for group, chosen in _groups(columns["advantage"], columns["age"]):
+        counts = np.bincount(bins[chosen], minlength=len(LOG_RATIO_EDGES) + 1)
+        tokens[group] = counts.tolist()
+        if group in ("positive", "negative"):
+            sums = np.bincount(bins[chosen], columns[name][chosen], minlength=len(counts))
+            weight[group] = [float(f"{s / n:.4g}") if n else None for s, n in zip(sums, counts, strict=True)]
+    return {"edges": [*LOG_RATIO_EDGES], "tokens": tokens, "weight_name": name, "weight": weight}
 
 
 def _groups(advantages: Values, ages: Values) -> Iterator[tuple[str, NDArray[np.bool_]]]:

@@ -117,6 +117,11 @@ class StepFigures:
             **facts,
         )
 
+    def histograms(self) -> dict[str, Any]:
+        """See sapo_learner.diagnostics; {} for a step without a token that the loss saw."""
+        found = self._comparable()
+        return diagnostics.histograms(found) if found and len(found["log_ratio"]) else {}
+
     def _own_diagnostics(self) -> dict[str, dict[str, float]]:
         """Means by sign of the advantage, over the microbatches in which there is such a figure."""
         names = dict.fromkeys(name for part in self._parts.values() for name in part if name.startswith(_OWN))
@@ -128,8 +133,13 @@ class StepFigures:
         return means
 
     def _of_every_objective(self) -> dict[str, dict[str, float]]:
+        found = self._comparable()
+        return diagnostics.summary(found) if found else {}
+
+    def _comparable(self) -> dict[str, Values]:
+        """The columns that every microbatch has and every objective is compared by; {} without a microbatch."""
         names = [name for name in diagnostics.COLUMNS if all(name in part for part in self._parts.values())]
-        return diagnostics.summary({name: self._column(name) for name in names}) if self._parts else {}
+        return {name: self._column(name) for name in names} if self._parts else {}
 
     def _column(self, name: str, *, beside: str | None = None) -> Values:
         """[n] over the microbatches that have it, and the column `beside`."""

@@ -35,7 +35,7 @@ from services.learner.publisher import Snapshot, copy_weights
 from services.learner.reader import ArchiveLog
 from services.learner.shared_log import SharedLog
 from services.learner.shown_groups import Showcase, TrainedGroup
-from services.learner.step_record import step_record
+from services.learner.step_record import Histograms, step_record
 from services.runtime.logging import about
 from services.runtime.settings import RunConfig
 from services.wire import decode
@@ -91,7 +91,7 @@ class TrainingSession:
         self.showcase = Showcase(policy.tokenizer.decode)
         self.progress = Progress()
         self.saved_step = -1
-        self._lever = ""  # what the last warning named
+        self._lever, self._histograms = "", Histograms()  # what the last warning named
         self._absent: set[str] = set()  # reward components that a warning has named
 
     def restore(self, step: int | None = None) -> None:
@@ -281,6 +281,7 @@ class TrainingSession:
             if first:
                 waiting = self.log.waited_seconds - waited
                 line = step_record(step, started + waiting, ended, waiting, after)
+                line |= self._histograms.of(self.learner.figures)
                 shown = self.showcase.chosen(step, self.learner)
                 report(StepNews(line, step, self._note_progress(), shown))
                 started, waited = time.time(), self.log.waited_seconds

@@ -1,11 +1,29 @@
 """A step's line in the run's record."""
 
+import time
 from typing import Any
 
 import numpy as np
 
 from sapo_learner.phases import Costs
+from sapo_learner.step_report import StepFigures
 from sapo_learner.train import StepReport
+
+HISTOGRAM_SECONDS = 1.0
+
+
+class Histograms:
+    """A step's, at most one a second: they are for people, and larger than the rest of the line."""
+
+    def __init__(self) -> None:
+        self._next = 0.0  # time.monotonic
+
+    def of(self, figures: StepFigures) -> dict[str, Any]:
+        """What to add to the step's line."""
+        if time.monotonic() < self._next or not (found := figures.histograms()):
+            return {}
+        self._next = time.monotonic() + HISTOGRAM_SECONDS
+        return {"histograms": found}
 
 
 def step_record(step: StepReport, started: float, ended: float, waited: float, after: Costs) -> dict[str, Any]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Line = Mapping[str, Any]
 View = Mapping[str, Any]
 STARVED_SHARE, STARVED_SECONDS = 0.5, 60.0
-NEARLY_FULL = 0.9
+NEARLY_FULL = 0.8
 REFUSED_SECONDS = 600.0
 FEW, LEAST_SAMPLE_SIZE = 5, 0.1  # steps that a figure is the mean of
 MOST_LOG_RATIO = 0.1

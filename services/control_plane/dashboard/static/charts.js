@@ -67,15 +67,22 @@ export class Chart {
     const parts = (this.series ?? []).map((each, place) => {
       const at = index ?? lastKnown(each.y);
       const part = document.createElement("span");
+      const value = this.panel.bins && index === null ? "" : at === null ? "-" : number(each.y[at]);
       const mark = part.appendChild(document.createElement("i"));
       mark.style.background = style(`--c${each.colour ?? place}`);
       const band = each.low && at !== null ? ` (${number(each.low[at])} to ${number(each.high[at])})` : "";
-      part.append(`${each.label ? `${each.label} ` : ""}${at === null ? "-" : number(each.y[at])}${band}`);
+      part.append(`${each.label ? `${each.label} ` : ""}${value}${band}`);
       return part;
     });
     const last = index ?? x.length - 1;
-    if (last >= 0 && x.length) parts.push(text("span", `at ${this.panel.x ?? "step"} ${number(x[last])}`, "at"));
+    if (last >= 0 && x.length) parts.push(text("span", this.place(index, x[last]), "at"));
     this.legend.replaceChildren(...parts);
+  }
+
+  // Of bins only the one under the pointer has a meaning; else it is said of which step they are.
+  place(index, x) {
+    if (!this.panel.bins) return `at step ${number(x)}`;
+    return index === null ? `step ${this.store.histograms.step}` : `log-ratio ${this.panel.bins(this.store, index)}`;
   }
 
   options(series) {
@@ -97,10 +104,17 @@ export class Chart {
       width: this.plot.clientWidth, height: HEIGHT, series: drawn, bands, legend: { show: false },
       cursor: { y: false, sync: { key: this.panel.x ?? "step" }, drag: { x: true, y: false } },
       scales: { x: { time: false, distr: this.panel.distr ?? 1 }, y: this.panel.range ? { range: this.panel.range } : {} },
-      axes: [{ ...axis, size: 26, values: ticks }, { ...axis, values: ticks }],
+      axes: [{ ...axis, size: 26, ...(this.panel.bins ? edgeTicks(this.store) : { values: ticks }) }, { ...axis, values: ticks }],
       hooks: { setCursor: [(chart) => this.say(chart.cursor.idx ?? null)] },
     };
   }
+}
+
+// At powers of ten, where the edges of bins are: edge k lies between bins k and k + 1.
+function edgeTicks(store) {
+  const edges = store.histograms?.edges ?? [];
+  const at = [...edges.keys()].filter((index) => Math.abs(edges[index]) > 0.005 && Number.isInteger(Math.log10(Math.abs(edges[index]))));
+  return { splits: () => at.map((index) => index + 0.5), values: () => at.map((index) => String(edges[index])) };
 }
 
 // As many digits as tell two neighbours apart.

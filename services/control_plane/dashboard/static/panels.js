@@ -64,6 +64,32 @@ function weights(store) {
 const signs = (name) => (store) => several(store, [[`${name}/positive`, "A > 0"], [`${name}/negative`, "A < 0"]]);
 const share = (_, low, high) => [Math.min(0, low ?? 0), Math.max(1, high ?? 1)];
 
+// Histograms of the newest step that has some, over bins of the log-ratio: bin i lies between edges i - 1 and i.
+function bins(store, series) {
+  const found = store.histograms;
+  return found ? { x: found.edges.concat(0).map((_, index) => index), series: series(found) } : { x: [], series: [] };
+}
+
+function shares(groups, label) {
+  return (store) => bins(store, ({ tokens }) => Object.keys(tokens).filter(groups).map((group) => {
+    const sum = tokens[group].reduce((one, other) => one + other, 0);
+    return { label: label(group), y: tokens[group].map((count) => count / sum) };
+  }));
+}
+
+const SIGNS = { positive: "A > 0", negative: "A < 0" };
+
+function weightByRatio(store) {
+  return bins(store, ({ weight, weight_name: name }) => Object.entries(weight).map(([sign, y]) => (
+    { label: `${name === "gate" ? "" : "coefficient, "}${SIGNS[sign]}`, y, points: true, colour: sign === "positive" ? 0 : 1 })));
+}
+
+function binName(store, index) {
+  const edges = store.histograms?.edges ?? [];
+  if (index <= 0) return `below ${edges[0]}`;
+  return index >= edges.length ? `above ${edges[edges.length - 1]}` : `${edges[index - 1]} to ${edges[index]}`;
+}
+
 export const PANELS = [
   { section: "learning", name: "reward", title: "Reward while training", unit: "mean per response", data: one("reward"),
     say: "What the responses of each step were worth. Noisy: a step has few prompts." },
@@ -100,12 +126,23 @@ export const PANELS = [
     say: "1 is the plain policy gradient. Low: tokens whose ratio is far from 1 count for little." },
   { section: "objective", name: "sample_size", title: "Effective sample size", unit: "share of tokens", range: share,
     data: signs("effective_sample_size"), say: "The share of tokens that would, all weighted alike, tell as much. Low: a few decide." },
+  { section: "objective", name: "weight_by_ratio", title: "Weight against log-ratio", unit: "mean in each bin", data: weightByRatio,
+    optional: true, x: "log-ratio", bins: binName, say: "As measured on the newest step's tokens: how fast the gate closes on either side." },
+  { section: "objective", name: "ratio_by_sign", title: "Log-ratio, by sign of the advantage", unit: "share of tokens", optional: true,
+    data: shares((group) => group in SIGNS, (group) => SIGNS[group]), x: "log-ratio", bins: binName,
+    say: "Of the newest step. Both signs alike and narrow: the data are young." },
+  { section: "objective", name: "ratio_by_age", title: "Log-ratio, by policy age", unit: "share of tokens", optional: true,
+    data: shares((group) => group.startsWith("age_"), age), x: "log-ratio", bins: binName,
+    say: "Of the newest step. It widens with age; age 0 is the engine's own noise." },
   { section: "objective", name: "kl", optional: true, title: "KL of behaviour to current policy", unit: "nats per token", data: signs("kl"),
     say: "How far the policy has moved from the one that sampled." },
 ];
 
+// In threads of their own: they take no time from a step.
+const BESIDE = ["phase/archive", "phase/publish"];
+
 function phases(store) {
   const found = store.steps.named("phase/").map((name) => ({ name, size: store.steps.last(name) ?? 0 }));
   found.sort((one, other) => other.size - one.size);
-  return several(store, found.slice(0, 5).map(({ name }) => [name, name.slice(6)]));
+  return several(store, found.slice(0, 5).map(({ name }) => [name, BESIDE.includes(name) ? `${name.slice(6)} (beside)` : name.slice(6)]));
 }
