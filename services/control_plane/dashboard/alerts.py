@@ -21,7 +21,8 @@ REFUSED_SECONDS = 600.0
 FEW, LEAST_SAMPLE_SIZE = 5, 0.1  # steps that a figure is the mean of
 MOST_LOG_RATIO = 0.1
 CHECKPOINTS_MISSED = 2
-COLLAPSED = 0.5  # of the best pass@1
+COLLAPSED, WORTH = 0.5, 0.1  # of the best pass@1, which was at least so much
+PROBE_MAX_FLOAT32, PROBE_MEAN_SIXTEEN_BIT = 1e-4, 0.05  # as in sapo_learner.probe, which needs torch
 
 
 class Alert(NamedTuple):
@@ -35,6 +36,7 @@ class Alert(NamedTuple):
 class Facts:
     """What the conditions need besides the page's own figures. steps, evaluations: newest lines of the record."""
 
+    dtype: str
     max_policy_age: int
     checkpoint_every: int
     max_entries: int
@@ -51,7 +53,8 @@ class Facts:
     def of(cls, plane: "ControlPlane", unread_bytes: int) -> "Facts":
         config, recent = plane.config, plane.record.recent
         return cls(
-            max_policy_age=config.training.max_policy_age, checkpoint_every=config.checkpoint.every,
+            dtype=config.policy.dtype, max_policy_age=config.training.max_policy_age,
+            checkpoint_every=config.checkpoint.every,
             max_entries=config.ingest.max_entries, max_bytes=config.ingest.max_bytes, unread_bytes=unread_bytes,
             steps=[*recent.get("step", ())], evaluations=[*recent.get("evaluation", ())],
             probe=plane.record.last("probe"), saved_step=plane.history.saved_step, record_full=plane.record.full,
@@ -102,6 +105,22 @@ def _starved(view: View, facts: Facts) -> Iterator[Alert]:
         yield Alert("SapoLearnerStarved", "warning", what, "add rollout workers, or raise pacing.lookahead")
 
 
+def _probe(view: View, facts: Facts) -> Iterator[Alert]:
+    """Engines against the learner, as their workers have measured, and the recorded log-probs against the snapshots."""
+    exact = facts.dtype == "float32"
+    name, bound = ("max", PROBE_MAX_FLOAT32) if exact else ("mean", PROBE_MEAN_SIXTEEN_BIT)
+    fix = "`sapo check RUN` says what differs; what such an engine samples is not what the learner believes"
+    for each in view["workers"]:
+        figure = number((each["probe"] or {}).get(name))
+        if figure is not None and figure > bound:
+            what = f"{each['worker']}: its engine's log-probs are off by {figure:.2g} nats ({name}; bound {bound:g})"
+            yield Alert("SapoProbeMismatch", "critical", what, fix)
+    recorded = number((facts.probe or {}).get("max_abs_diff"))
+    if exact and recorded is not None and recorded > PROBE_MAX_FLOAT32:
+        what = f"recorded log-probs are off by {recorded:.2g} nats from those of their own snapshots"
+        yield Alert("SapoProbeMismatch", "critical", what, fix)
+
+
 def _refused(_: View, facts: Facts) -> Iterator[Alert]:
     for line in reversed(facts.steps):
         if line.get("refusal") and (number(line.get("ended")) or 0.0) > facts.now - REFUSED_SECONDS:
@@ -132,7 +151,7 @@ def _pass_at_1(_: View, facts: Facts) -> Iterator[Alert]:
         return
     (best, then), (now, newest) = max(rates, key=lambda each: each[0]), rates[-1]
     error = number(newest.get("standard_error")) or 0.0
-    if now + 2 * error < COLLAPSED * best:
+    if best > WORTH and now + 2 * error < COLLAPSED * best:
         what = f"held-out pass@1 fell from {best:.3f} at step {then['step']} to {now:.3f} at step {newest['step']}"
         fix = "go back with `sapo up --back-to` to before, and lower optimizer.learning_rate"
         yield Alert("SapoPassAt1Collapse", "critical", what, fix)
@@ -169,5 +188,6 @@ def _record(_: View, facts: Facts) -> Iterator[Alert]:
 
 
 _CONDITIONS: tuple[Callable[[View, Facts], Iterator[Alert]], ...] = (
-    _ledger, _workers, _services, _starved, _refused, _log, _checkpoint, _pass_at_1, _sample_size, _drift, _record,
+    _ledger, _workers, _services, _starved, _probe, _refused, _log, _checkpoint, _pass_at_1, _sample_size,
+    _drift, _record,
 )  # fmt: skip
