@@ -12,7 +12,7 @@ FSYNC  ?= always
 MINUTES ?= 5
 TORCH  ?= torch==2.13.0
 
-.PHONY: help install install-vllm demo demo-vllm test test-vllm chaos overload engines learner end-to-end lint format protos clean
+.PHONY: help install install-vllm demo demo-vllm test test-vllm chaos overload dashboard engines learner end-to-end lint format protos clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ chaos: install  ## hundreds of faults, about an hour (KILLS=n, MODE=all|kills|fa
 
 overload: install  ## workers ten times faster than the learner, about ten minutes (MINUTES=n)
 	$(BIN)/python -m benchmarks.overload --minutes $(MINUTES)
+
+dashboard: install  ## memory of a tab, and steps beside twenty of them, about 25 minutes (MINUTES=n); needs chromium
+	$(BIN)/python -m benchmarks.dashboard --minutes $(MINUTES)
 
 engines: install-vllm  ## tokens per second of the torch engine and vLLM side by side, about six minutes
 	$(BIN_VLLM)/python -m benchmarks.engines

@@ -28,11 +28,15 @@ export function connect(store, { changed, said }) {
     source = new EventSource("v1/live");
     source.addEventListener("open", reload);
     source.addEventListener("error", async () => {
-      said("no connection; trying again", "bad");
+      const over = ["finished", "stopped"].includes(store.now?.state);
+      said(over ? "the run has ended; `sapo dashboard RUN` serves it" : "no connection; trying again", "bad");
       if (source.readyState !== EventSource.CLOSED) return;  // the browser tries again by itself
       setTimeout(open, 3000);
-      const answer = await fetch("v1/history", { method: "HEAD" }).catch(() => null);
-      if (answer?.status === 401) location.reload();
+      const look = new AbortController();
+      const answer = await fetch("v1/live", { signal: look.signal }).catch(() => null);
+      if (answer?.status === 401) return location.reload();
+      if (answer && !answer.ok) said((await answer.json()).error?.what ?? `HTTP ${answer.status}`, "bad");
+      look.abort();
     });
     source.addEventListener("news", (event) => {
       const news = JSON.parse(event.data);

@@ -27,7 +27,7 @@ function alerts(found) {
   saidAlerts = said;
   of("alerts").replaceChildren(...found.map(({ name, severity, what, fix }) => {
     const alert = text("div", "", `alert ${severity}`);
-    alert.append(text("b", name), what, " ", text("span", fix));
+    alert.append(text("b", name), `${what}. `, text("span", fix));
     return alert;
   }));
 }
