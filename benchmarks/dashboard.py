@@ -34,7 +34,7 @@ from typing import Any
 
 import httpx
 import psutil
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, BrowserContext, Page, ViewportSize, async_playwright
 
 from benchmarks.machine import machine
 from sapo_learner.diagnostics import LOG_RATIO_EDGES
@@ -52,8 +52,9 @@ STEPS_PER_SECOND, TABS, ALTERNATIONS = 20, 20, 3
 MOST_MEMORY, MOST_STEP_TIME = 1.2, 1.1
 LOOKS = 5  # of which the median counts
 SETTLE_SECONDS = 5.0  # after tabs have opened, or closed
+PATIENCE_MILLISECONDS = 300_000  # at nice 19 on a busy machine a browser takes its time
 MIB = 1 << 20
-ALL_IN_VIEW = {"width": 1400, "height": 3600}  # every chart is drawn
+ALL_IN_VIEW: ViewportSize = {"width": 1400, "height": 3600}  # every chart is drawn
 RUN = {key: value for key, value in SETTINGS.items() if key.startswith("policy.")} | {
     "run.name": "dashboard", "training.steps": 1_000_000, "training.groups_per_step": 16, "sampling.group_size": 8,
     "sampling.max_tokens": 12, "evaluation.every": 1 << 30, "evaluation.samples": 1, "evaluation.boundary_samples": 1,
@@ -70,15 +71,15 @@ class Memory:
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
-    """At nice 19, all of its processes."""
+    """At nice 19, all of its processes; and so is its session, for Linux weighs sessions against one another."""
     path = shutil.which("chromium")
     if path is None:
         raise SystemExit("chromium is missing: apt-get install chromium")
     async with async_playwright() as playwright:
         with tempfile.NamedTemporaryFile("w", suffix=".sh", delete=False) as script:
-            script.write(f'#!/bin/sh\nexec nice -n 19 {path} "$@"\n')
+            script.write(f'#!/bin/sh\necho 19 2>/dev/null >/proc/self/autogroup\nexec nice -n 19 {path} "$@"\n')
         os.chmod(script.name, 0o755)
-        browser = await playwright.chromium.launch(executable_path=script.name, args=["--no-sandbox"])
+        browser = await playwright.chromium.launch(executable_path=script.name, args=["--no-sandbox", "--disable-gpu"])
         try:
             yield browser
         finally:
@@ -86,10 +87,11 @@ async def chromium() -> AsyncIterator[Browser]:
             os.unlink(script.name)
 
 
-async def opened(browser: Browser, address: str, viewport: Any = None) -> Page:
-    page = await (await browser.new_context(viewport=viewport)).new_page()
+async def opened(context: BrowserContext, address: str) -> Page:
+    page = await context.new_page()
+    page.set_default_timeout(PATIENCE_MILLISECONDS)
     await page.goto(address)
-    await page.wait_for_selector("#connection.good", timeout=60_000)
+    await page.wait_for_selector("#connection.good")
     return page
 
 
@@ -171,8 +173,9 @@ async def memory(minutes: float) -> tuple[Memory, Memory, int]:
         async with control_plane(run_config(Path(name) / "run"), redis.url) as running, chromium() as browser:
             feeding = asyncio.create_task(feed(running.url))
             begun = time.monotonic()
-            page = await opened(browser, page_address(running.url, TOKEN), ALL_IN_VIEW)
-            await page.locator("#group-rows button").first.click(timeout=60_000)
+            context = await browser.new_context(viewport=ALL_IN_VIEW)
+            page = await opened(context, page_address(running.url, TOKEN))
+            await page.locator("#group-rows button").first.click()
             await asyncio.sleep(max(0.0, minutes * 12 - (time.monotonic() - begun)))
             early = await look(page)
             await asyncio.sleep(max(0.0, minutes * 60 - (time.monotonic() - begun)))
@@ -226,8 +229,9 @@ async def alternation(directory: Path, window: float) -> tuple[float, float]:
     assert services is not None
     alone = await measured(directory, window)
     async with chromium() as browser:
+        context = await browser.new_context()
         for _ in range(TABS):
-            await opened(browser, page_address(services.control_plane_url, services.token))
+            await opened(context, page_address(services.control_plane_url, services.token))
         await asyncio.sleep(SETTLE_SECONDS)
         beside = await measured(directory, window)
     await asyncio.sleep(SETTLE_SECONDS)
