@@ -24,6 +24,7 @@ import psutil
 
 from sapo_learner.errors import ConfigError, Mismatch, SapoError, Unauthenticated, Unavailable
 from services.process_logs import ProcessLogs
+from services.prometheus_targets import write_targets
 from services.rollout.engines.vllm_adapter import require_vllm
 from services.run_directory import LocalServices, forget_services, live_services
 from services.runstore import EmbeddedRedis
@@ -178,6 +179,8 @@ class LocalRun:
             token=self._token,
             processes={each.name: {"pid": each.pid, "http": each.http} for each in self.children.values()},
         ).write(self.directory)
+        probed = {each.name: each.http for each in self.children.values() if each.http}
+        write_targets(self.directory, self.config.run.name, probed)
 
     # ---- watch
 
@@ -279,6 +282,7 @@ class LocalRun:
         for holder in self._reserved:
             holder.close()
         forget_services(self.directory)
+        write_targets(self.directory, self.config.run.name, {})
 
     async def _terminate(self, child: Child) -> None:
         process = child.process

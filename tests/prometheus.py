@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -39,6 +40,13 @@ def promtool() -> str:
     return program("promtool")
 
 
+def check_metrics(text: str) -> None:
+    """Fails for what promtool finds wrong, or unusual, in a /metrics."""
+    command = [promtool(), "check", "metrics"]
+    checked = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
 # ---- What rules, dashboard and documents ask for
 
 
@@ -73,6 +81,12 @@ def of_dashboard(path: Path = DASHBOARD) -> list[Expression]:
     return found
 
 
+def of_variables(path: Path = DASHBOARD) -> list[Expression]:
+    """What the dashboard's own choices are made from: no PromQL, but names."""
+    variables = json.loads(path.read_text())["templating"]["list"]
+    return [Expression(f"variable {each['name']}", each["definition"]) for each in variables if "definition" in each]
+
+
 def named_in_documents() -> list[Expression]:
     """Metrics that pages speak of in code marks; not the package."""
     found = []
@@ -82,28 +96,11 @@ def named_in_documents() -> list[Expression]:
     return found
 
 
+def everything() -> list[Expression]:
+    return [*of_rules(), *of_dashboard(), *of_variables(), *named_in_documents()]
+
+
 # ---- A server
-
-
-@dataclass
-class Prometheus:
-    """One that serves at `url`."""
-
-    url: str
-    process: "subprocess.Popen[bytes]"
-
-    def ask(self, path: str, **parameters: Any) -> Any:
-        """The data of an answer; what is wrong with an expression fails the test."""
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10).json()
-        assert answer["status"] == "success", f"{parameters}: {answer.get('error')}"
-        return answer["data"]
-
-    def has(self, selector: str, when: "Window") -> bool:
-        """Whether any such series was scraped, or written by a rule, in that time."""
-        return bool(self.ask("series", **{"match[]": selector}, start=when.start, end=when.end))
-
-    def value(self, expression: str, when: float) -> list[dict[str, Any]]:
-        return list(self.ask("query", query=expression, time=when)["result"])
 
 
 @dataclass(frozen=True)
@@ -114,19 +111,79 @@ class Window:
     end: float
 
 
-def missing(asked: list[Expression], prometheus: Prometheus, when: Window) -> list[str]:
+@dataclass
+class Prometheus:
+    """One that serves at `url`; asked of what was scraped, or written by a rule, in the time `when`."""
+
+    url: str
+    when: Window
+
+    def ask(self, path: str, **parameters: Any) -> Any:
+        """The data of an answer; what is wrong with an expression fails the test."""
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10).json()
+        assert answer["status"] == "success", f"{parameters}: {answer.get('error')}"
+        return answer["data"]
+
+    def has(self, selector: str) -> bool:
+        return bool(self.ask("series", **{"match[]": selector}, start=self.when.start, end=self.when.end))
+
+    def values(self, expression: str) -> list[dict[str, Any]]:
+        """Of every second."""
+        window = {"start": self.when.start, "end": self.when.end, "step": 1}
+        return list(self.ask("query_range", query=expression, **window)["result"])
+
+
+def missing(asked: list[Expression], prometheus: Prometheus) -> list[str]:
     """What they read and no series has, each with who asks."""
     return [
         f"{each.where}: {selector}"
         for each in asked
         for selector in sorted(each.selectors)
-        if not any(prometheus.has(form, when) for form in _forms(selector))
+        if not any(prometheus.has(form) for form in _forms(selector))
     ]
 
 
 def _forms(selector: str) -> list[str]:
     """Of a histogram that is spoken of as a whole, too."""
     return [selector] if "{" in selector else [selector, f"{selector}_count"]
+
+
+@dataclass
+class Scrape:
+    """What a server has seen of a run until it was killed: its files, the time, the rules' state at the end."""
+
+    data: Path
+    when: Window
+    rules: list[dict[str, Any]]
+
+
+@contextlib.contextmanager
+def scraping(directory: Path, run: Path) -> Iterator[Scrape | None]:
+    """With the repository's own configuration, but every second; killed -9 at the end. None: it is not installed."""
+    if shutil.which("prometheus") is None:
+        yield None
+        return
+    shutil.copytree(RULES, directory)
+    config = directory / "prometheus.yml"
+    config.write_text(config.read_text().replace("_interval: 5s\n", "_interval: 1s\n"))
+    (directory / "targets" / "run.json").symlink_to(run / "prometheus-targets.json")
+    started = time.time()
+    with running(config, directory / "data") as prometheus:
+        yield (scrape := Scrape(directory / "data", prometheus.when, []))
+        scrape.when = Window(started, time.time())
+        scrape.rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+
+
+@contextlib.contextmanager
+def looking_back(scrape: Scrape | None) -> Iterator[Prometheus]:
+    """Its files, served again by a server that scrapes nothing."""
+    program("prometheus")
+    assert scrape is not None
+    config = scrape.data.parent / "nothing.yml"
+    config.write_text("scrape_configs: []\n")
+    with running(config, scrape.data) as prometheus:
+        prometheus.when = scrape.when
+        yield prometheus
 
 
 @contextlib.contextmanager
@@ -142,7 +199,7 @@ def running(config: Path, data: Path) -> Iterator[Prometheus]:
     )  # fmt: skip
     try:
         _await_ready(f"http://{address}", process)
-        yield Prometheus(f"http://{address}", process)
+        yield Prometheus(f"http://{address}", Window(time.time(), math.inf))
     finally:
         process.kill()
         process.wait()

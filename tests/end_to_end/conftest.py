@@ -1,7 +1,8 @@
 """One run of the whole stack, started, interrupted, attacked and finished as a user would; many tests read it.
 
 1. `sapo up` until a few steps are done, then Ctrl-C             -> InterruptedRun
-2. the same command with changed settings; kill -9 of every process in turn, then end  -> FinishedRun
+2. the same command with changed settings, Prometheus beside it; kill -9 of every process in turn, and of Prometheus,
+   then end  -> FinishedRun
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 from sapo_learner import checkpoint
+from tests.prometheus import Scrape, scraping
 
 STEPS, GROUPS_PER_STEP, GROUP_SIZE, MAX_POLICY_AGE = 70, 16, 8, 4
 SETTINGS = {
@@ -62,6 +64,7 @@ class Stack:
     metrics: dict[str, str] = field(default_factory=dict)
     by_url: subprocess.CompletedProcess[str] | None = None  # `sapo eval URL` while the run went on
     environment: dict[str, str] = field(default_factory=dict)
+    scrape: Scrape | None = None  # what Prometheus saw; None where it is not installed
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -117,8 +120,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory, warm_starts: Path) -> Stack:
     stack.interrupted_at = checkpoint.list_whole(stack.directory / "checkpoints")[0].step
     stack.lines_before = len(stack.lines("step"))
 
-    with running(stack, [*command, *(f"--set={key}={value}" for key, value in CHANGED.items())]) as process:
-        attack(stack, process)
+    changed = [f"--set={key}={value}" for key, value in CHANGED.items()]
+    with running(stack, [*command, *changed]) as process:
+        # Prometheus is killed, too; after that the run goes on for the rest of its steps.
+        with scraping(root / "prometheus", stack.directory) as stack.scrape:
+            attack(stack, process)
         end(stack, process, seconds=180)
     return stack
 

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from services.replay import ArchivedLog
 from services.run_directory import run_config
 from services.runtime.tracing import trace_id
 from services.wire import decode
+from tests import prometheus as monitoring
 from tests.documents import DOCUMENTS, ROOT, Command, blocks, commands, named, write_files
 from tests.end_to_end.conftest import GROUP_SIZE, GROUPS_PER_STEP, MAX_POLICY_AGE, SETTINGS, STEPS, Stack
 from tests.logs import events
@@ -163,6 +165,55 @@ def test_metrics_of_every_process_are_served(stack: Stack) -> None:
         "rollout-1": "sapo_rollout_waiting_seconds_total",
     }.items():
         assert metric in stack.metrics[process]
+
+
+# ---- What a Prometheus saw of the run
+
+
+@pytest.fixture(scope="module")
+def prometheus(stack: Stack) -> Iterator[monitoring.Prometheus]:
+    with monitoring.looking_back(stack.scrape) as server:
+        yield server
+
+
+def test_prometheus_finds_every_process_and_the_run_does_not_notice_when_it_dies(
+    stack: Stack, prometheus: monitoring.Prometheus
+) -> None:
+    up = {each["metric"]["process"]: each["metric"] for each in prometheus.values("up == 1")}
+    assert set(up) == {"control-plane", "ingest", "learner", "rollout-0", "rollout-1"}
+    assert (up["rollout-1"]["run"], up["rollout-1"]["service"]) == ("stack", "rollout")
+    assert stack.lines("step")[-1]["time"] > prometheus.when.end, "steps were taken after it was killed"
+    assert stack.exit_codes[1] == 0
+    assert json.loads((stack.directory / "prometheus-targets.json").read_text()) == [], "nobody is there any more"
+
+
+def test_every_metric_that_rules_dashboard_and_documents_name_was_scraped(prometheus: monitoring.Prometheus) -> None:
+    assert monitoring.missing(monitoring.everything(), prometheus) == []
+
+
+def test_every_expression_of_the_dashboard_evaluates_to_something(prometheus: monitoring.Prometheus) -> None:
+    assert [each for each in monitoring.of_dashboard() if not prometheus.values(each.text)] == []
+
+
+def test_every_rule_was_evaluated_without_an_error(stack: Stack, prometheus: monitoring.Prometheus) -> None:
+    assert stack.scrape is not None
+    assert len(stack.scrape.rules) == len(monitoring.rules())
+    assert [each for each in stack.scrape.rules if each["health"] != "ok"] == []
+
+
+def test_a_misspelt_metric_or_label_value_is_found(prometheus: monitoring.Prometheus, tmp_path: Path) -> None:
+    for path in monitoring.RULES.glob("*.rules.yml"):
+        text = path.read_text().replace("sapo_ledger_problems", "sapo_ledger_problem").replace("refused", "refuse")
+        (tmp_path / path.name).write_text(text)
+    assert monitoring.missing(monitoring.of_rules(tmp_path), prometheus) == [
+        "SapoLedgerUnbalanced: sapo_ledger_problem",
+        'SapoUpdateRefused: sapo_learner_groups_total{outcome="refuse"}',
+    ]
+
+
+@pytest.mark.parametrize("process", ["control-plane", "ingest", "learner", "rollout-0"])
+def test_promtool_finds_nothing_wrong_with_what_is_served(stack: Stack, process: str) -> None:
+    monitoring.check_metrics(stack.metrics[process])
 
 
 def test_memory_on_disk_is_bounded_by_configuration(stack: Stack) -> None:
