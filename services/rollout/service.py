@@ -55,6 +55,8 @@ async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, ht
         ):
             config = await control.config()
             of_run(control.run)
+            if config.engine.name == "vllm":
+                metrics.include("vllm:")
             torch.set_num_threads(config.engine.threads)
             with Scorer(config.scored, config.scoring, metrics) as scorer:
                 parts = _Parts(name, control, PolicyStore(control, scratch, metrics.sync_bytes.inc), scorer, metrics)

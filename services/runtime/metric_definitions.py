@@ -39,7 +39,7 @@ Labels = Mapping[str, tuple[str, ...] | str]
 
 
 @dataclass(frozen=True)
-class Metric:
+class Definition:
     """name: as Prometheus sees it, without a histogram's suffixes. unit: "" for a plain number.
 
     labels: label -> its values, all of which are there from the start; or in words, who decides them. unknown: a gauge
@@ -55,22 +55,22 @@ class Metric:
     unknown: bool = False
 
 
-def _counter(name: str, unit: str, text: str, /, **labels: tuple[str, ...] | str) -> Metric:
-    return Metric(name, "counter", unit, text, labels)
+def _counter(name: str, unit: str, text: str, /, **labels: tuple[str, ...] | str) -> Definition:
+    return Definition(name, "counter", unit, text, labels)
 
 
-def _gauge(name: str, unit: str, text: str, /, **labels: tuple[str, ...] | str) -> Metric:
-    return Metric(name, "gauge", unit, text, labels)
+def _gauge(name: str, unit: str, text: str, /, **labels: tuple[str, ...] | str) -> Definition:
+    return Definition(name, "gauge", unit, text, labels)
 
 
-def _figure(name: str, unit: str, text: str, /, **labels: tuple[str, ...] | str) -> Metric:
-    return Metric(name, "gauge", unit, text, labels, unknown=True)
+def _figure(name: str, unit: str, text: str, /, **labels: tuple[str, ...] | str) -> Definition:
+    return Definition(name, "gauge", unit, text, labels, unknown=True)
 
 
 def _histogram(
     name: str, unit: str, text: str, buckets: tuple[float, ...], /, **labels: tuple[str, ...] | str
-) -> Metric:
-    return Metric(name, "histogram", unit, text, labels, buckets)
+) -> Definition:
+    return Definition(name, "histogram", unit, text, labels, buckets)
 
 
 _A_WORKER = f"a worker's name, while it is alive; {MAX_VALUES} of them at most"
@@ -187,7 +187,7 @@ LEARNER = (
             "Recorded against recomputed behaviour log-probs, last probe"),
 )  # fmt: skip
 
-METRICS: Mapping[Service, tuple[Metric, ...]] = {
+METRICS: Mapping[Service, tuple[Definition, ...]] = {
     "control-plane": CONTROL_PLANE,
     "ingest": INGEST,
     "rollout": ROLLOUT,

@@ -5,9 +5,11 @@ So a counter is there, at 0, before it first counts: `increase()` sees its first
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from prometheus_client import (
+    REGISTRY,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -16,8 +18,10 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
-from services.runtime.metric_definitions import METRICS, OTHER, Metric, Service
+from services.runtime.metric_definitions import METRICS, OTHER, Definition, Service
 
 MAX_LENGTH = 200  # of a label's value that somebody else decides
 
@@ -36,6 +40,10 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         self._built = {each.name: _built(each, self.registry) for each in METRICS[self.service]}
 
+    def include(self, prefix: str) -> None:
+        """Serve, beside our own, what a library keeps in the client's global registry under such names."""
+        self.registry.register(_FromLibrary(prefix))
+
     def _gauge(self, name: str) -> Gauge:
         found = self._built[name]
         assert isinstance(found, Gauge), name
@@ -50,6 +58,14 @@ class Metrics:
         found = self._built[name]
         assert isinstance(found, Histogram), name
         return found
+
+
+class _FromLibrary(Collector):
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def collect(self) -> Iterable[Metric]:
+        return [each for each in REGISTRY.collect() if each.name.startswith(self._prefix)]
 
 
 class Bounded:
@@ -68,7 +84,7 @@ class Bounded:
         return self._gauge.labels(*values)
 
 
-def _built(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+def _built(metric: Definition, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
     labels = list(metric.labels)
     made: Counter | Gauge | Histogram
     if metric.kind == "histogram":

@@ -1,6 +1,6 @@
 """docs/metrics.md, made from the definitions: python -m services.runtime.metric_table > docs/metrics.md"""
 
-from services.runtime.metric_definitions import METRICS, Metric
+from services.runtime.metric_definitions import METRICS, Definition
 
 _HEAD = """# Metrics
 
@@ -10,7 +10,7 @@ Every process serves its own at `/metrics`, on its HTTP address and without a to
 
 A histogram has `_bucket`, `_sum` and `_count` behind its name. Label values that are listed are there from the start; a
 gauge that has no figure yet, or none for the last step, is NaN. Beside these, every process has Python's `process_` and
-`python_` metrics.
+`python_` metrics, and a rollout worker with vLLM those of vLLM, which begin with `vllm:`.
 """
 
 
@@ -22,7 +22,7 @@ def document() -> str:
     return "".join(parts)
 
 
-def _row(metric: Metric) -> str:
+def _row(metric: Definition) -> str:
     labels = "; ".join(
         f"`{name}`: {values if isinstance(values, str) else ', '.join(values)}"
         for name, values in metric.labels.items()

@@ -123,7 +123,8 @@ def engine_arguments(settings: EngineSettings, *, dtype: str, mode: LogprobMode,
         "enforce_eager": vllm.enforce_eager or on_cpu(),
         "skip_tokenizer_init": True,  # token ids in, token ids out
         "generation_config": "vllm",  # the run says how to sample, the model's own defaults do not
-        "disable_log_stats": True,
+        "disable_log_stats": False,  # vLLM's own metrics stand beside ours
+        "served_model_name": "policy",  # their label; else the path of a scratch directory
         **{name: value for name, value in chosen.items() if value is not None},
         **vllm.arguments,
     }

@@ -210,10 +210,12 @@ async def test_the_log_gives_a_whole_step_or_waits_or_ends(store: RunStore, tmp_
     assert second is not None
     assert [entry.sequence for entry in second] == [4, 5, 6]
     waited, waiting = log.waited_seconds, asyncio.create_task(asyncio.to_thread(log.next, 6, 3))
-    while log.waited_seconds == waited:  # it counts while it goes on
-        assert not waiting.done()
-        await asyncio.sleep(0.01)
-    log.stop()
+    try:
+        async with asyncio.timeout(10):
+            while log.waited_seconds == waited:  # it counts while it goes on
+                await asyncio.sleep(0.01)
+    finally:
+        log.stop()
     assert await waiting is None
     assert log.waited_seconds > 0
 

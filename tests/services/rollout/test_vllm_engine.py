@@ -11,6 +11,7 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
+from prometheus_client import generate_latest
 from torch import Tensor
 
 from sapo_learner.errors import Mismatch, SapoError, Unavailable
@@ -18,6 +19,7 @@ from sapo_learner.policy import Policy
 from sapo_learner.snapshot import save_tensors
 from services.rollout.engines import PolicyVersion, Sampled
 from services.rollout.engines.vllm_engine import VllmEngine
+from services.runtime.metrics import RolloutMetrics
 from tests.contract.test_engine import Seen, assert_true, endless, qwen3, request, respond, respond_all
 from tests.contract.vllm_engines import engine_cores, needs_vllm, vllm_engine
 
@@ -61,6 +63,22 @@ async def test_a_prompt_that_was_cached_under_the_old_policy_is_not_read_from_th
     await respond(engine, wanted[0])
     await engine.update_weights(NEW.tensors(), PolicyVersion(1, 10))
     assert_true(await respond(engine, wanted[1]), wanted[1], {1: NEW})
+
+
+async def test_vllm_s_own_metrics_stand_beside_ours(engine: VllmEngine) -> None:
+    metrics = RolloutMetrics()
+    metrics.include("vllm:")
+
+    def generated() -> float:
+        lines = generate_latest(metrics.registry).decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
+
+    before = generated()
+    await respond(engine, request("measured", seed=5, tokens=40))
+    async with asyncio.timeout(20):
+        while generated() < before + 40:  # counted beside the responses
+            await asyncio.sleep(0.05)
+    assert 'model_name="policy"' in generate_latest(metrics.registry).decode()
 
 
 def truncated(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import REGISTRY, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sapo_learner.diagnostics import AGE_EDGES, _age_name
@@ -87,6 +87,22 @@ def test_no_name_is_defined_twice_and_all_follow_the_conventions() -> None:
 @every_process
 def test_promtool_finds_nothing_to_say(process: type[Metrics]) -> None:
     check_metrics(generate_latest(process().registry).decode())
+
+
+def test_a_library_s_metrics_stand_beside_ours_and_no_other_does() -> None:
+    metrics, theirs, other = RolloutMetrics(), Counter("vllm:requests", "Theirs"), Counter("someone", "Else")
+    try:
+        theirs.inc(3)
+        assert "vllm:requests" not in generate_latest(metrics.registry).decode()
+        metrics.include("vllm:")
+        text = generate_latest(metrics.registry).decode()
+    finally:
+        REGISTRY.unregister(theirs)
+        REGISTRY.unregister(other)
+    assert "\nvllm:requests_total 3.0\n" in text
+    assert "\nsapo_rollout_tokens_total 0.0\n" in text
+    assert "someone" not in text
+    assert text.count("# TYPE python_info gauge") == 1
 
 
 def test_known_label_values_are_those_of_the_parts_that_they_speak_of() -> None:
