@@ -7,7 +7,6 @@ training thread     TrainingSession: blocks on the archive, steps, checkpoints
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,22 +17,19 @@ import torch.distributed as dist
 from sapo_learner import skips
 from sapo_learner.archive import Archive, newest_token
 from sapo_learner.control import CONFIG, encode_settings
-from sapo_learner.errors import NotFound
 from sapo_learner.ledger import Ledger
 from sapo_learner.parallel import ALONE, Ranks, device_of_rank, joined, together
 from sapo_learner.policy import load_policy
-from sapo_learner.train import StepReport
 from services.learner.base_policy import base_policy
 from services.learner.behaviour_probe import BehaviourProbe
 from services.learner.publisher import Publisher, Snapshot
 from services.learner.ranks import Orders, needs_group, orders_of, prepare, shared_policy
 from services.learner.reader import Reader
-from services.learner.session import Progress, StepNews, TrainingSession
-from services.learner.shown_groups import TrainedGroup
+from services.learner.reporter import FAREWELL_SECONDS, REPORT_SECONDS, Reporter
+from services.learner.session import StepNews, TrainingSession
 from services.runstore import RunStore
 from services.runtime import api
 from services.runtime.client import ControlPlaneClient
-from services.runtime.disk_usage import disk_usage
 from services.runtime.http import probe_app, serving
 from services.runtime.lifecycle import DRAIN_GRACE_SECONDS, Lifecycle
 from services.runtime.logging import of_run
@@ -42,9 +38,6 @@ from services.runtime.settings import Environment, RunConfig, save_config
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-REPORT_SECONDS = 1.0
-MEASURE_SECONDS = 10.0  # between two looks at how much disk the run takes
-FAREWELL_SECONDS = 5.0
 
 
 async def serve(
@@ -76,12 +69,9 @@ class _Service:
     ) -> None:
         self._lifecycle, self._config, self._control = lifecycle, config, control
         self._store, self._metrics, self._patience = store, metrics, patience
-        self._news: asyncio.Queue[StepNews] = asyncio.Queue()
         self._session: TrainingSession
         self._thread = ThreadPoolExecutor(1, "training")
-        self._probe: BehaviourProbe | None = None
-        self._shows = True  # groups as they were trained
-        self._measured = -math.inf
+        self._reporter: Reporter
 
     async def run(self, from_step: int | None) -> None:
         """With the other ranks, if there are some: they wait for this one's orders, and then do as it does."""
@@ -137,11 +127,13 @@ class _Service:
             self._lifecycle.wait_for("start", "the first snapshot's publication")
             await publisher.publish(await self._in_training(session.snapshot))
             model_directory = publisher.write_model_directory(directory / "model")
+            probe = None
             if config.probe.behaviour_every:
                 spare = load_policy(model_directory, weights=False)
-                self._probe = BehaviourProbe(self._control, spare, directory / "staging" / f"{token:08d}-probe")
-            await self._report("training", {"kind": "warm_start", **warm_start} if warm_start else None)
-            await self._look()
+                probe = BehaviourProbe(self._control, spare, directory / "staging" / f"{token:08d}-probe")
+            self._reporter = reporter = Reporter(config, self._control, self._metrics, session, probe)
+            await reporter.report("training", {"kind": "warm_start", **warm_start} if warm_start else None)
+            await reporter.look()
             self._lifecycle.ready()
             await self._train(reader, publisher)
 
@@ -177,16 +169,16 @@ class _Service:
             nonlocal archived
             before, archived = archived, reader.archive_seconds
             news.record["seconds"] |= {"archive": archived - before, "publish": publisher.publish_seconds}
-            loop.call_soon_threadsafe(self._news.put_nowait, news)
+            loop.call_soon_threadsafe(self._reporter.submit, news)
 
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(work)
-                for work in (reader.run(), publisher.run(), self._report_forever(), self._stop_when_asked())
+                for work in (reader.run(), publisher.run(), self._reporter.run(), self._stop_when_asked())
             ]
             try:
                 await self._in_training(session.run, publish, report)
-                await self._deliver_news()
+                await self._reporter.deliver(self._lifecycle)
                 if not self._lifecycle.stopping.is_set():  # else it is published when the run goes on
                     await self._unless_stopping(publisher.drain())
                     await self._guard()
@@ -197,7 +189,7 @@ class _Service:
         step, steps = session.learner.step_count, session.learner.settings.training.steps
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_SECONDS):
-                await self._report("finished" if step >= steps else "stopped")
+                await self._reporter.report("finished" if step >= steps else "stopped")
         log.info("%s at step %d", "finished" if step >= steps else "stopped", step)
 
     async def _unless_stopping(self, work: Coroutine[Any, Any, None]) -> None:
@@ -210,21 +202,10 @@ class _Service:
             for task in tasks:
                 task.cancel()
 
-    async def _deliver_news(self) -> None:
-        """Every step's figures reach the record; but a process that shall stop does not wait long for that."""
-        stopping = asyncio.create_task(self._lifecycle.stopping.wait())
-        joined = asyncio.create_task(self._news.join())
-        await asyncio.wait([joined, stopping], return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait([joined], timeout=FAREWELL_SECONDS)
-        if not joined.done():
-            log.warning("the figures of %d steps did not reach the record in time", self._news.qsize() + 1)
-        for task in (joined, stopping):
-            task.cancel()
-
     async def _guard(self) -> None:
         """Keep the log until the last evaluation is done, too: only a learner can rebuild it when Redis is lost."""
         while not self._lifecycle.stopping.is_set():
-            await self._report("finished")
+            await self._reporter.report("finished")
             if (await self._control.status())["state"] == "finished":
                 return
             await self._lifecycle.sleep(REPORT_SECONDS)
@@ -252,63 +233,3 @@ class _Service:
         await self._control.learner_report(
             api.LearnerReport(state="starting", step=0, cursor=0, ledger=Ledger().to_dict(), waiting_for=text)
         )
-
-    async def _report(self, state: str, record: dict[str, Any] | None = None, progress: Progress | None = None) -> None:
-        progress = progress or self._session.progress
-        await self._control.learner_report(
-            api.LearnerReport(
-                state=state, step=progress.step, cursor=progress.cursor, ledger=progress.ledger.to_dict(),
-                record=record, waiting_for=self._session.log.waiting_for,
-            )
-        )  # fmt: skip
-
-    async def _report_forever(self) -> None:
-        """Every step as it comes; without one, every second what training waits for."""
-        every = self._config.probe.behaviour_every
-        while True:
-            try:
-                news = await asyncio.wait_for(self._news.get(), REPORT_SECONDS)
-            except TimeoutError:
-                await self._look()
-                done = self._session.learner.step_count >= self._session.learner.settings.training.steps
-                if not done or self._session.log.waiting_for:
-                    await self._report("training")
-                continue
-            self._metrics.observe(news.record)
-            await self._look()
-            await self._report("training", news.record, news.progress)
-            if news.shown:
-                await self._show(news.shown)
-            if self._probe and news.progress.step % every == 0 and news.report.groups:
-                await self._check(self._probe, news.report)
-            self._news.task_done()
-
-    async def _show(self, shown: TrainedGroup) -> None:
-        group = await asyncio.to_thread(self._session.showcase.described, shown)
-        if group and self._shows:
-            try:
-                await self._control.show(group)
-            except NotFound:
-                log.warning("the control plane is older and takes no groups to show")
-                self._shows = False
-
-    async def _look(self) -> None:
-        """What metrics say beside a step's figures, also of one that does not end."""
-        self._metrics.at(self._session.progress.step, self._session.saved_step)
-        self._metrics.waited(self._session.log.waited_seconds)
-        if time.monotonic() - self._measured >= MEASURE_SECONDS:
-            directory = self._config.run.directory
-            checkpoints, archive = [
-                await asyncio.to_thread(disk_usage, directory / part) for part in ("checkpoints", "archive")
-            ]
-            self._metrics.observe_disk(checkpoints, archive)
-            self._measured = time.monotonic()
-
-    async def _check(self, probe: BehaviourProbe, step: StepReport) -> None:
-        try:
-            result = await probe.check(step.update.step, step.groups)
-        except NotFound as error:
-            log.warning("probe of step %d left out: %s", step.update.step, error)
-            return
-        self._metrics.probe.set(result.max_abs_diff)
-        await self._report("training", {"kind": "probe", **result.to_dict()})

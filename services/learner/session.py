@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sapo_learner import checkpoint, proximal, reference, skips
-from sapo_learner.advantages import absent_components, component_names
 from sapo_learner.archive import Archive
 from sapo_learner.config import LearnerSettings
 from sapo_learner.control import last_settings
-from sapo_learner.diagnostics import advice
 from sapo_learner.errors import Corrupt, NotFound, Unavailable
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
@@ -27,12 +25,11 @@ from sapo_learner.policy import Policy
 from sapo_learner.probe import draw_sequence, measure, measure_sharded
 from sapo_learner.resume import capture, environment_of, restore_from
 from sapo_learner.sharding import ShardedPolicy
-from sapo_learner.step_report import UpdateReport
 from sapo_learner.train import Position, StepReport, train
-from services.learner import fates
 from services.learner.attention import Attention, forget
 from services.learner.publisher import Snapshot, copy_weights
 from services.learner.reader import ArchiveLog
+from services.learner.remarks import Remarks
 from services.learner.shared_log import SharedLog
 from services.learner.shown_groups import Showcase, TrainedGroup
 from services.learner.step_record import Histograms, step_record
@@ -91,8 +88,7 @@ class TrainingSession:
         self.showcase = Showcase(policy.tokenizer.decode)
         self.progress = Progress()
         self.saved_step = -1
-        self._lever, self._histograms = "", Histograms()  # what the last warning named
-        self._absent: set[str] = set()  # reward components that a warning has named
+        self._remarks, self._histograms = Remarks(), Histograms()
 
     def restore(self, step: int | None = None) -> None:
         """Go to the newest usable checkpoint (of `step`, if given), or make checkpoint 0 of the base policy.
@@ -239,22 +235,6 @@ class TrainingSession:
         if self._attention:
             self._attention.done()
 
-    def _new_warning(self, update: UpdateReport) -> str | None:
-        """Said when there is something new to change, not at every step."""
-        found = advice(update.diagnostics, self.learner.settings.diagnostics.warn_spread)
-        lever = found.rpartition(":")[2] if found else ""
-        new, self._lever = lever != self._lever, lever
-        return found if new else None
-
-    def _warn_of_absent_components(self, step: StepReport) -> None:
-        """Once for each: only scored responses tell which components there are."""
-        for name in absent_components(step.groups, self.learner.settings.advantages):
-            if name not in self._absent:
-                there = ", ".join(component_names(step.groups))
-                what = "no response of step %d has such a reward component (they have %s)"
-                log.warning(f"advantages.weights.%s has no effect: {what}", name, step.update.step, there)
-            self._absent.add(name)
-
     def _train(self, publish: Callable[[Snapshot], None], report: Callable[[StepNews], None]) -> None:
         config, first = self._config, self._ranks.first
         if first and (inert := proximal.remark(self.learner.settings)):
@@ -268,7 +248,7 @@ class TrainingSession:
             last = self.learner.settings.training.steps
             if first:
                 with about(step=number):
-                    self._say(step)
+                    self._remarks.of(step, self.learner.settings)
             if number % config.checkpoint.every == 0 or number == last:
                 with phases("checkpoint"):
                     self.save()
@@ -285,17 +265,3 @@ class TrainingSession:
                 shown = self.showcase.chosen(step, self.learner)
                 report(StepNews(line, step, self._note_progress(), shown))
                 started, waited = time.time(), self.log.waited_seconds
-
-    def _say(self, step: StepReport) -> None:
-        """What of a step somebody should read."""
-        number = step.update.step
-        fates.tell(step)
-        for entry, reason in step.invalid.items():
-            log.error("entry %s is invalid: %s", entry, reason, extra={"entry": entry})
-        if warning := self._new_warning(step.update):
-            log.warning("step %d: %s", number, warning)
-        self._warn_of_absent_components(step)
-        if step.update.refusal:
-            log.error("step %d refused: %s", number, step.update.refusal)
-        elif step.update.tokens and not step.update.applied:
-            log.warning("step %d: the filters dropped every token, so the policy stays as it is", number)
