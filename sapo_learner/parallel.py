@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from textwrap import shorten
 from typing import Any, TypeVar, cast
 
 import torch
@@ -228,7 +229,7 @@ def together(ranks: Ranks) -> Iterator[None]:
     except RuntimeError as error:
         if ranks.size == 1 or not any(words in str(error) for words in _LOST):
             raise
-        reason = str(error).splitlines()[0][:200]
+        reason = shorten(str(error).splitlines()[0].partition(". This is")[0], 200, placeholder=" ...")
         gone = Unavailable(
             f"another rank of the learner is gone: {reason}",
             where=f"rank {ranks.rank} of {ranks.size}",

@@ -52,16 +52,17 @@ def shaped_policy(directory: Path, config: RunConfig) -> Policy:
 def _whole(config: RunConfig, progress: Progress, say: Callable[[str], None]) -> tuple[Policy, dict[str, Any] | None]:
     if config.policy.source != "tiny":
         return load_policy(hub.directory(config.policy, say=say)), None
-    directory = _cache_directory(config)
+    task = build(config.mixture[0])
+    directory = _cache_directory(config, task)
     if not (directory / REPORT).is_file():
-        _warm_start(config, directory, progress)
+        _warm_start(config, task, directory, progress)
     return load_policy(directory), json.loads((directory / REPORT).read_text())
 
 
-def _cache_directory(config: RunConfig) -> Path:
+def _cache_directory(config: RunConfig, task: Task) -> Path:
     """One directory per recipe: everything that decides the weights is in the key."""
     recipe = {
-        "task": config.mixture[0].model_dump(exclude={"label", "share"}),
+        "task": [config.mixture[0].name, task.model_dump(mode="json")],  # with every default, written out or not
         "warm_start": config.policy.warm_start.model_dump(),
         "seed": config.run.seed,
         "torch": torch.__version__,
@@ -71,8 +72,7 @@ def _cache_directory(config: RunConfig) -> Path:
     return Path(root) / "warm-start" / key
 
 
-def _warm_start(config: RunConfig, directory: Path, progress: Progress) -> None:
-    task: Task = build(config.mixture[0])
+def _warm_start(config: RunConfig, task: Task, directory: Path, progress: Progress) -> None:
     if not isinstance(task, Teacher):
         raise ConfigError(
             f"task {config.mixture[0].called!r} has no demonstrations to warm-start a tiny policy on",

@@ -99,6 +99,7 @@ class Reporter:
 
     async def _show(self, shown: TrainedGroup) -> None:
         """A group that cannot be shown is no reason to stop."""
+        assert self._session.showcase
         if group := await asyncio.to_thread(self._session.showcase.described, shown):
             try:
                 await self._control.show(group)

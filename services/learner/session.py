@@ -85,7 +85,7 @@ class TrainingSession:
         self._probe_ids = ranks.decided(lambda: draw_sequence(policy, seed=config.run.seed, context=context))
         self.position = Position()
         self.log = ArchiveLog(archive)
-        self.showcase = Showcase(policy.tokenizer.decode)
+        self.showcase = Showcase(policy.tokenizer.decode) if ranks.first else None  # others have no tokenizer
         self.progress = Progress()
         self.saved_step = -1
         self._remarks, self._histograms = Remarks(), Histograms()
@@ -262,6 +262,6 @@ class TrainingSession:
                 waiting = self.log.waited_seconds - waited
                 line = step_record(step, started + waiting, ended, waiting, after)
                 line |= self._histograms.of(self.learner.figures)
-                shown = self.showcase.chosen(step, self.learner)
+                shown = self.showcase.chosen(step, self.learner) if self.showcase else None
                 report(StepNews(line, step, self._note_progress(), shown))
                 started, waited = time.time(), self.log.waited_seconds

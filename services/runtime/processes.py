@@ -12,7 +12,7 @@ from collections.abc import Callable
 def exit_reason(code: int, *, meaning: bool = False) -> str:
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     # None of us sends it to a process that shall live.
-    return name + ", which the kernel sends when memory runs out" * (meaning and code == -signal.SIGKILL)
+    return name + ", by the kernel because memory ran out, or by somebody" * (meaning and code == -signal.SIGKILL)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:

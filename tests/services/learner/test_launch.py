@@ -86,7 +86,7 @@ def test_the_launcher_dies_of_the_signal_that_a_rank_died_of() -> None:
     finally:
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert "of 2 died (SIGKILL, which the kernel sends when memory runs out)" in output
+    assert "of 2 died (SIGKILL, by the kernel because memory ran out, or by somebody)" in output
 
 
 def until_two(launcher: psutil.Process) -> list[psutil.Process]:
