@@ -151,23 +151,32 @@ class LocalRun:
         with self._logs.open(child.name) as output:
             child.process = await asyncio.create_subprocess_exec(
                 *child.command, *child.once, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                env=self._environment(), start_new_session=True, preexec_fn=die_with_parent(),
+                env=self._environment(child.name), start_new_session=True, preexec_fn=die_with_parent(),
             )  # fmt: skip
         child.state = "running"
 
-    def _environment(self) -> dict[str, str]:
-        redis_url = self._redis.url if self._redis else os.environ["SAPO_REDIS_URL"]
-        return os.environ | {
-            "SAPO_CONTROL_PLANE_URL": self.control.url,
-            "SAPO_INGEST_ADDRESS": self._ingest_address,
-            "SAPO_REDIS_URL": redis_url,
-            "SAPO_TOKEN": self._token,
-            # Several processes share this machine's cores: idle OpenMP threads must not spin on them.
-            "OMP_NUM_THREADS": str(self.config.training.threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONUNBUFFERED": "1",
-        }
+    def _environment(self, process: str) -> dict[str, str]:
+        gpus = self.config.local.visible_gpus(process)
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+        return (
+            os.environ
+            | visible
+            | {
+                "SAPO_CONTROL_PLANE_URL": self.control.url,
+                "SAPO_INGEST_ADDRESS": self._ingest_address,
+                "SAPO_REDIS_URL": self._redis_url,
+                "SAPO_TOKEN": self._token,
+                # Several processes share this machine's cores: idle OpenMP threads must not spin on them.
+                "OMP_NUM_THREADS": str(self.config.training.threads),
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
+
+    @property
+    def _redis_url(self) -> str:
+        return self._redis.url if self._redis else os.environ["SAPO_REDIS_URL"]
 
     def _write_services(self) -> None:
         LocalServices(
@@ -175,7 +184,7 @@ class LocalRun:
             supervisor_started=psutil.Process().create_time(),
             control_plane_url=self.control.url,
             ingest_address=self._ingest_address,
-            redis_url=self._environment()["SAPO_REDIS_URL"],
+            redis_url=self._redis_url,
             token=self._token,
             processes={each.name: {"pid": each.pid, "http": each.http} for each in self.children.values()},
         ).write(self.directory)

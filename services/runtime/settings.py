@@ -28,6 +28,7 @@ from sapo_learner.config import (
 from sapo_learner.errors import ConfigError
 from services.record_writers import RecordSettings
 from services.runtime.engine_settings import EngineSettings
+from services.runtime.local_settings import LocalSettings
 from services.runtime.sampling_settings import ChatSettings, SamplingSettings, ScoringSettings
 from services.suites import Suite
 from services.suites import load as load_suite
@@ -110,11 +111,6 @@ class ProbeSettings(Settings):
     and nothing that it sampled under that policy is sent. warn: it says so and goes on, as for `sapo check`."""
 
 
-class LocalSettings(Settings):
-    rollout_workers: int = Field(default=2, ge=1)
-    """How many rollout workers `sapo up` starts."""
-
-
 class RunConfig(LearnerSettings):
     """A resolved run.yaml."""
 
@@ -182,6 +178,13 @@ class RunConfig(LearnerSettings):
                 f"scoring.overlong_buffer {self.scoring.overlong_buffer} exceeds sampling.max_tokens "
                 f"{self.sampling.max_tokens}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_process(self) -> "RunConfig":
+        given, processes = len(self.local.learner_gpus), self.parallel.processes
+        if given not in (0, processes):
+            raise ValueError(f"local.learner_gpus names {given} GPUs, parallel.processes is {processes}: one for each")
         return self
 
     @model_validator(mode="after")
