@@ -152,6 +152,15 @@ def test_it_is_said_once_when_lines_wait_and_once_when_that_is_over_with_what_wa
     assert "too large" in waiting
     assert "lines wait in memory" in waiting
     assert "2 lines were dropped" in over
+    caplog.clear()
+    with no_file_beyond(path.stat().st_size):  # another time
+        record.add("step", number=7)
+        record.add("step", number=8)
+    record.add("step", number=9)
+    waiting, over = [each.message for each in caplog.records]
+    assert "lines wait in memory" in waiting
+    assert "0 lines were dropped" in over
+    assert lines(path) == [0, 3, 4, 5, 6, 7, 8, 9]
 
 
 async def test_no_request_fails_because_the_record_cannot_be_written(running: Running, learner: Learner) -> None:
