@@ -8,10 +8,23 @@ import pytest
 
 from services.control_plane.record import read
 from services.runstore import EmbeddedRedis
+from services.runtime import http
 from services.runtime.settings import RunConfig
 from tests.small_run import TOKEN, Learner, control_plane
 
-REQUESTS = 4000  # on one connection, whose answers are more than all buffers on the way hold
+REQUESTS = 200  # on one connection, whose answers are more than all buffers on the way hold
+
+
+@pytest.fixture(autouse=True)
+def little_is_buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    bind = http._bind
+
+    def bound(address: str) -> socket.socket:
+        listener = bind(address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
+        return listener
+
+    monkeypatch.setattr(http, "_bind", bound)
 
 
 async def _unread(url: str, path: str) -> asyncio.StreamWriter:
