@@ -75,8 +75,9 @@ const heard = (age) => ({ say: `${age > SILENT_SECONDS ? "silent for" : "heard"}
 
 function ledger(found) {
   if (!found) return;
-  const uses = OUTCOMES.map((name) => [name, { say: String(found[name] ?? 0), name: "n" }]);
-  const verdict = found.balanced ? { say: "balances", name: "n good" } : { say: "DOES NOT BALANCE", name: "n bad" };
-  rows(of("ledger"), [["accepted", { say: String(found.accepted), name: "n" }], ...uses,
-    ["open draws", { say: String(found.open_draws), name: "n" }], ["sum", verdict]]);
+  const counts = ["accepted", ...OUTCOMES].map((name) => [name, String(found[name] ?? 0)]);
+  const verdict = ["sum", { say: found.balanced ? "balances" : "DOES NOT BALANCE", name: found.balanced ? "good" : "bad" }];
+  const columns = [...counts, ["open draws", String(found.open_draws)], verdict];
+  rows(of("ledger"), [columns.map(([, value]) => value)]);
+  of("ledger-names").replaceChildren(...columns.map(([name]) => Object.assign(text("th", name), { scope: "col" })));
 }
