@@ -26,7 +26,7 @@ from services.control_plane.policies import Policies
 from services.control_plane.record import Record
 from services.control_plane.sampler import Mixture, PlainSampler
 from services.control_plane.workers import TTL_SECONDS, Workers
-from services.runstore import Grant, RunState, RunStore
+from services.runstore import Grant, RunStore
 from services.runtime import api
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.metrics import ControlPlaneMetrics
@@ -251,9 +251,6 @@ class ControlPlane:
     async def status(self) -> dict[str, Any]:
         state, workers = await self._store.state(), await self._store.workers()
         return overview.status(self.config, self.learner, state, workers, self.evaluations, self.record)
-
-    async def state(self) -> RunState:
-        return await self._store.state()
 
     async def ledger(self) -> dict[str, Any]:
         return overview.ledger(self.learner, await self._store.state())

@@ -24,10 +24,9 @@ _RUN = (
 
 async def look(plane: "ControlPlane") -> dict[str, Any]:
     """Of a run that goes on; while Redis gives no answer, what is known without it."""
-    redis, status, ledger, unread_bytes = "", None, None, 0
+    redis, status, ledger = "", None, None
     try:
         status, ledger = await plane.status(), await plane.ledger()
-        unread_bytes = (await plane.state()).unread_bytes
     except Unavailable as error:
         redis = str(error)
     silent = None if plane.learner_heard is None else time.monotonic() - plane.learner_heard
@@ -44,7 +43,7 @@ async def look(plane: "ControlPlane") -> dict[str, Any]:
         "notes": _notes(status) if status else [],
         "time": time.time(),
     }
-    return view | {"alerts": alerts.find(view, alerts.Facts.of(plane, unread_bytes))}
+    return view | {"alerts": alerts.find(view, alerts.Facts.of(plane, status["unread_bytes"] if status else 0))}
 
 
 def _worker(report: Mapping[str, Any], published: int | None) -> dict[str, Any]:
