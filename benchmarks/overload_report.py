@@ -185,7 +185,9 @@ def _unbiased(findings: Findings) -> tuple[bool, str]:
 
 def _by_status(metrics: dict[str, float], name: str) -> dict[str, float]:
     """The values of one metric by its only label."""
-    return {key.removeprefix(f"{name} "): value for key, value in metrics.items() if key.startswith(f"{name} ")}
+    return {
+        key.removeprefix(f"{name} "): value for key, value in metrics.items() if value and key.startswith(f"{name} ")
+    }
 
 
 def _counts(counts: dict[str, Any]) -> str:

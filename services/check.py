@@ -6,6 +6,7 @@ moving      the same run goes on at a rate that changes the policy visibly, so t
 """
 
 import asyncio
+import math
 import secrets
 import shutil
 import signal
@@ -174,7 +175,7 @@ class Stack:
                         answer = await client.get(f"http://{child.http}/metrics")
                     except httpx.HTTPError:
                         continue  # it has just gone, or never came
-                    for value in _samples(answer.text, PROBE):
+                    for value in filter(math.isfinite, _samples(answer.text, PROBE)):  # NaN before the first
                         self.probes[name] = max(value, self.probes.get(name, 0.0))
 
 

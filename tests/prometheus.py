@@ -18,6 +18,7 @@ import httpx
 import pytest
 import yaml
 
+from services.runtime.metric_definitions import METRICS
 from tests.documents import ROOT
 
 RULES = ROOT / "deploy" / "prometheus"
@@ -98,6 +99,20 @@ def named_in_documents() -> list[Expression]:
 
 def everything() -> list[Expression]:
     return [*of_rules(), *of_dashboard(), *of_variables(), *named_in_documents()]
+
+
+def defined() -> list[tuple[str, str]]:
+    """Name and kind of every metric."""
+    return [(each.name, each.kind) for metrics in METRICS.values() for each in metrics]
+
+
+MAY_BE_ZERO = {
+    "sapo_ledger_problems", "sapo_worker_probe_misses_total", "sapo_rollout_probe_misses_total",
+    "sapo_ingest_forgotten_groups_total", "sapo_rollout_dropped_samples_total", "sapo_rollout_scoring_failures_total",
+    "sapo_weight_sync_failures_total", "sapo_learner_clamped_ratio",
+    "sapo_evaluation_step",  # until the second evaluation
+    "sapo_learner_mfu",  # the peak of a CPU is not known
+}  # fmt: skip
 
 
 # ---- A server

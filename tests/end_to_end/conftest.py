@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from sapo_learner import checkpoint
-from tests.prometheus import Scrape, scraping
+from tests.prometheus import Prometheus, Scrape, looking_back, scraping
 
 STEPS, GROUPS_PER_STEP, GROUP_SIZE, MAX_POLICY_AGE = 70, 16, 8, 4
 SETTINGS = {
@@ -127,6 +127,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory, warm_starts: Path) -> Stack:
             attack(stack, process)
         end(stack, process, seconds=180)
     return stack
+
+
+@pytest.fixture(scope="session")
+def prometheus(stack: Stack) -> Iterator[Prometheus]:
+    """What one saw of the second run until it was killed."""
+    with looking_back(stack.scrape) as server:
+        yield server
 
 
 class running:

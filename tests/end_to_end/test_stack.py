@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -170,12 +169,6 @@ def test_metrics_of_every_process_are_served(stack: Stack) -> None:
 # ---- What a Prometheus saw of the run
 
 
-@pytest.fixture(scope="module")
-def prometheus(stack: Stack) -> Iterator[monitoring.Prometheus]:
-    with monitoring.looking_back(stack.scrape) as server:
-        yield server
-
-
 def test_prometheus_finds_every_process_and_the_run_does_not_notice_when_it_dies(
     stack: Stack, prometheus: monitoring.Prometheus
 ) -> None:
@@ -189,6 +182,12 @@ def test_prometheus_finds_every_process_and_the_run_does_not_notice_when_it_dies
 
 def test_every_metric_that_rules_dashboard_and_documents_name_was_scraped(prometheus: monitoring.Prometheus) -> None:
     assert monitoring.missing(monitoring.everything(), prometheus) == []
+
+
+def test_every_metric_but_those_of_what_went_wrong_has_left_zero(prometheus: monitoring.Prometheus) -> None:
+    series = {name: f"{name}_count" if kind == "histogram" else name for name, kind in monitoring.defined()}
+    still = {name for name, counted in series.items() if not prometheus.values(f"{counted} > 0")}
+    assert still - monitoring.MAY_BE_ZERO == set()
 
 
 def test_every_expression_of_the_dashboard_evaluates_to_something(prometheus: monitoring.Prometheus) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -229,6 +230,18 @@ async def slow() -> AsyncIterator[Scene]:
     """Responses that take a while: 240 tokens, none of which ends them."""
     scene = Scene(max_tokens=240)
     yield scene
+    await scene.engine.close()
+
+
+async def test_responses_are_counted_by_how_they_ended() -> None:
+    scene = Scene(max_tokens=4)
+    async with scene.working():
+        scene.control.give(*range(SLOTS // GROUP))
+        groups = [await scene.sender.groups.get() for _ in range(SLOTS // GROUP)]
+    ended = Counter(each.finish_reason for group in groups for each in group.trajectories)
+    assert ended["stop"]
+    assert ended["length"]
+    assert {reason: scene.count("responses", finish_reason=reason) for reason in ended} == ended
     await scene.engine.close()
 
 
