@@ -175,7 +175,7 @@ class Stack:
                         answer = await client.get(f"http://{child.http}/metrics")
                     except httpx.HTTPError:
                         continue  # it has just gone, or never came
-                    for value in filter(math.isfinite, _samples(answer.text, PROBE)):  # NaN before the first
+                    for value in _samples(answer.text, PROBE):
                         self.probes[name] = max(value, self.probes.get(name, 0.0))
 
 
@@ -193,8 +193,10 @@ def _width(directory: Path) -> int:
 
 
 def _samples(metrics: str, name: str) -> list[float]:
+    """Those that have a figure: before the first, it is NaN."""
     families = text_string_to_metric_families(metrics)
-    return [sample.value for family in families for sample in family.samples if sample.name == name]
+    found = [sample.value for family in families for sample in family.samples if sample.name == name]
+    return [each for each in found if math.isfinite(each)]
 
 
 async def _forget(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prometheus_client import generate_latest
 from torch import Tensor
 
 from sapo_learner.agreement import TokenTable
@@ -19,13 +20,14 @@ from sapo_learner.config import LearnerSettings, parse
 from sapo_learner.learner import Learner
 from sapo_learner.policy import tiny_policy
 from sapo_learner.snapshot import weights_digest
-from services.check import moving, small
+from services.check import PROBE, _samples, moving, small
 from services.diagnosis import Evidence, diagnose
 from services.judge import Judgement, judge
 from services.rollout.engines import PolicyVersion, SampleRequest, TokenDelta, decoder
 from services.rollout.engines.decoder import BatchDecoder
 from services.runstore import EmbeddedRedis
 from services.runtime.changes import changes
+from services.runtime.metrics import RolloutMetrics
 from services.runtime.settings import dump_config
 from tests.command_line import sapo
 from tests.recorded import ALPHABET, sampled_group
@@ -115,6 +117,13 @@ MUTANTS: dict[str, tuple[Patch, str]] = {
     "one tensor 1 % off": (one_tensor_off, "weights"),
     "bfloat16 in place of float32": (in_bfloat16, "dtype"),
 }
+
+
+def test_a_probe_that_has_no_figure_yet_is_none() -> None:
+    metrics = RolloutMetrics()
+    assert _samples(generate_latest(metrics.registry).decode(), PROBE) == []
+    metrics.probe_max.set(0.25)
+    assert _samples(generate_latest(metrics.registry).decode(), PROBE) == [0.25]
 
 
 async def test_an_honest_engine_agrees(tmp_path: Path, redis: EmbeddedRedis) -> None:
