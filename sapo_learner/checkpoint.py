@@ -17,20 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sapo_learner.checkpoint_facts import cursor_of, facts_of, newest, verified
 from sapo_learner.checkpoint_files import (
     CheckpointState,
-    cursor_of,
-    facts_of,
     is_sharded,
     load,
     load_facts,
     load_whole,
-    verified,
     with_tensors,
     write,
 )
 from sapo_learner.checkpoint_names import NAME, Found, age, list_whole, named
-from sapo_learner.errors import Corrupt, Fenced, NotFound
+from sapo_learner.errors import Corrupt, Fenced
 from sapo_learner.parallel import ALONE, Ranks
 from sapo_learner.segment import fsync
 
@@ -108,22 +106,8 @@ def load_newest(
     Redis was lost or the archive cut short, must not be resumed. Raises NotFound when there is no checkpoint, Corrupt
     when none can be used.
     """
-    candidates = [found for found in named(directory) if step is None or found.step == step]
-    if not candidates:
-        steps = ", ".join(sorted({str(found.step) for found in named(directory)}, key=int)) or "none"
-        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise NotFound(f"no {wanted}", where=str(directory), fix=f"steps here: {steps}")
-    passed = []
-    for found in candidates:
-        try:
-            state = read(found.path)
-        except Corrupt as error:
-            passed.append(f"{error.where}: {error.what}")
-            continue
-        if belongs is None or belongs(state.cursor, state.chain):
-            return Loaded(state, found, "; ".join(passed))
-        passed.append(f"{found.path}: the log does not have its entry {state.cursor}")
-    raise Corrupt("no usable checkpoint: " + "; ".join(passed), where=str(directory), fix="restore one from a copy")
+    mine = (lambda _: True) if belongs is None else (lambda state: belongs(state.cursor, state.chain))
+    return Loaded(*newest(directory, step, read, mine))
 
 
 def prune(directory: Path, keep: int, *, saved: Path | None = None, base: bool = True) -> list[Path]:

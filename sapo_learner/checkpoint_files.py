@@ -6,10 +6,8 @@
 checkpoint.json names size and SHA-256 of the others and of itself.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,15 @@ import safetensors
 from torch import Tensor
 
 from sapo_learner import shards
-from sapo_learner.checkpoint_names import FACTS, list_whole
+from sapo_learner.checkpoint_facts import FORMAT, corrupt, digest_of, verified
+from sapo_learner.checkpoint_names import FACTS
 from sapo_learner.disk import naming
-from sapo_learner.errors import Corrupt, NotFound
+from sapo_learner.errors import NotFound
 from sapo_learner.manifest import Blob
 from sapo_learner.parallel import Ranks
 from sapo_learner.segment import fsync
 from sapo_learner.snapshot import LazyTensors, save_tensors, tensors_in
 
-_FORMAT = 1
 _SHARES = ("model", "optimizer")  # what ranks may each hold a share of
 _TENSORS = (*_SHARES, "rng")
 
@@ -125,63 +123,9 @@ def _write_rest(directory: Path, state: CheckpointState, names: tuple[str, ...],
         fsync(path)
         files[path.name] = Blob.of(path)
     facts = {each.name: getattr(state, each.name) for each in fields(state) if each.name not in _TENSORS}
-    facts |= {"format": _FORMAT, "files": {name: blob.model_dump() for name, blob in files.items()}}
+    facts |= {"format": FORMAT, "files": {name: blob.model_dump() for name, blob in files.items()}}
     path = directory / FACTS
     with naming(path):
-        path.write_text(json.dumps(facts | {"digest": _digest(facts)}, indent=1, allow_nan=False))
+        path.write_text(json.dumps(facts | {"digest": digest_of(facts)}, indent=1, allow_nan=False))
     fsync(path)
     fsync(directory)
-
-
-def facts_of(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint but its tensors, as `CheckpointState` names it. Raises Corrupt."""
-    try:
-        facts = json.loads((path / FACTS).read_bytes())
-        digest = facts.pop("digest")
-        if digest == _digest(facts) and facts["format"] == _FORMAT:
-            return dict(facts)
-    except FileNotFoundError:
-        raise corrupt(path / FACTS, "missing") from None
-    except (ValueError, AttributeError, KeyError, TypeError):
-        pass
-    raise corrupt(path / FACTS, "does not check out, or is of another version")
-
-
-def cursor_of(path: Path) -> int:
-    """The last log entry that this checkpoint has consumed; its tensors are not read. Raises Corrupt."""
-    return int(facts_of(path)["cursor"])
-
-
-def verified(path: Path) -> dict[str, Any]:
-    """checkpoint.json, after checking it and every file it names. Raises Corrupt."""
-    facts = facts_of(path)
-    for name, expected, actual in _read_again(path, facts["files"]):
-        if actual is None:
-            raise corrupt(path / name, "missing")
-        if actual.model_dump() != expected:
-            raise corrupt(path / name, f"digest {actual.sha256}, {actual.size} bytes; expected {expected}")
-    return facts
-
-
-def _read_again(path: Path, files: dict[str, Any]) -> Iterator[tuple[str, Any, Blob | None]]:
-    """Each file's name, what it was and what it is; several at a time, for shards may be many and large."""
-
-    def blob(name: str) -> Blob | None:
-        try:
-            return Blob.of(path / name)
-        except FileNotFoundError:
-            return None
-
-    with ThreadPoolExecutor() as pool:
-        for (name, expected), actual in zip(files.items(), pool.map(blob, files), strict=True):
-            yield name, expected, actual
-
-
-def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def corrupt(file: Path, what: str) -> Corrupt:
-    others = [each.path.name for each in list_whole(file.parent.parent) if each.path != file.parent]
-    fix = f"try {others[0]}" if others else "there is no other checkpoint here; restore one from a copy"
-    return Corrupt(what, where=str(file), fix=fix)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sapo_learner.advantages import Vector, step_advantages
 from sapo_learner.archive import Archive, Entry
+from sapo_learner.checkpoint_facts import facts_of
+from sapo_learner.checkpoint_names import list_whole
 from sapo_learner.config import LearnerSettings
 from sapo_learner.control import GROUP, decode_settings, parse_settings
 from sapo_learner.errors import Corrupt, InvalidTrajectory
@@ -58,12 +60,10 @@ class Step:
 
 def beginning(checkpoints: Path, archive: Archive, before: int) -> Beginning | None:
     """The last whole checkpoint of this log that has not consumed entry `before` yet; None where none is kept."""
-    from sapo_learner import checkpoint  # reads tensors elsewhere, so it needs torch
-
     found: Beginning | None = None
-    for each in checkpoint.list_whole(checkpoints):
+    for each in list_whole(checkpoints):
         try:
-            facts = checkpoint.facts_of(each.path)
+            facts = facts_of(each.path)
         except Corrupt:
             continue
         cursor, recorded = int(facts["cursor"]), facts["extra"].get("settings")

@@ -10,6 +10,8 @@ from typing import Any
 from sapo_learner import skips
 from sapo_learner.advantages import WHOLE_STEP, Vector, step_advantages
 from sapo_learner.archive import Archive, Entry
+from sapo_learner.checkpoint_facts import cursor_of
+from sapo_learner.checkpoint_names import list_whole
 from sapo_learner.control import GROUP
 from sapo_learner.errors import ConfigError, InvalidTrajectory, Mismatch, NotFound
 from sapo_learner.steps import Step, beginning, steps
@@ -94,10 +96,8 @@ def skip(directory: Path, entry_id: str, reason: str) -> None:
 
 
 def _refuse_if_consumed(checkpoints: Path, entry: Entry) -> None:
-    from sapo_learner import checkpoint
-
-    for found in checkpoint.list_whole(checkpoints):
-        cursor = checkpoint.cursor_of(found.path)
+    for found in list_whole(checkpoints):
+        cursor = cursor_of(found.path)
         if cursor >= entry.sequence:
             raise Mismatch(
                 f"checkpoint {found.path.name} has consumed entry {entry.id} already (its cursor is {cursor})",

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sapo_learner.archive import Archive
+from sapo_learner.checkpoint_facts import facts_of
+from sapo_learner.checkpoint_names import list_whole
 from sapo_learner.errors import Corrupt
 from sapo_learner.manifest import Manifest
 from services.run_directory import run_config
@@ -33,11 +35,9 @@ def nearest_policy(directory: Path, archive: Archive, step: int) -> Kept | None:
 
 
 def _checkpoints(directory: Path, archive: Archive) -> Iterator[Kept]:
-    from sapo_learner import checkpoint
-
-    for found in checkpoint.list_whole(directory / "checkpoints"):
+    for found in list_whole(directory / "checkpoints"):
         try:
-            facts = checkpoint.facts_of(found.path)
+            facts = facts_of(found.path)
         except Corrupt:
             continue
         if archive.chain_at(int(facts["cursor"])) == facts["chain"]:

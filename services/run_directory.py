@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from sapo_learner.archive import Archive, Entry
+from sapo_learner.checkpoint_facts import newest, verified
 from sapo_learner.control import GROUP
 from sapo_learner.errors import ConfigError, Corrupt, NotFound
 from sapo_learner.ledger import Ledger, LedgerReport, audit, epoch_coverage
@@ -125,15 +126,13 @@ def set_aside(directory: Path) -> Path:
 
 async def audit_run(directory: Path) -> LedgerReport:
     """Hold the newest checkpoint's ledger against archive, Redis and draws, each counted one by one (I1)."""
-    from sapo_learner import checkpoint
-
     config = run_config(directory)
     async with AsyncExitStack() as stack:
         url = await _redis_url(directory, stack)
         store = await stack.enter_async_context(await RunStore.connect(url, config.run.name))
         try:
-            newest = checkpoint.load_newest(directory / "checkpoints").state
-            ledger, cursor = Ledger.from_dict(newest.ledger), newest.cursor
+            facts, _, _ = newest(directory / "checkpoints", None, verified)
+            ledger, cursor = Ledger.from_dict(facts["ledger"]), int(facts["cursor"])
         except NotFound:
             ledger, cursor = Ledger(), 0
         # Entries move from Redis to the archive while we look: the later look at the archive misses nothing, and what

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sapo_learner.checkpoint_names import list_whole
 from sapo_learner.errors import ConfigError, NotFound, Unavailable
 from services import hub
 from services.control_plane.record import read
@@ -235,9 +236,7 @@ async def _make_way(config: RunConfig, directory: Path, console: Console, *, aga
 
 
 def _refuse_unkept(directory: Path, step: int) -> None:
-    from sapo_learner import checkpoint
-
-    kept = sorted({found.step for found in checkpoint.list_whole(directory / "checkpoints")})
+    kept = sorted({found.step for found in list_whole(directory / "checkpoints")})
     if step not in kept:
         steps = ", ".join(map(str, kept)) or "none"
         raise NotFound(f"no checkpoint of step {step}", where=str(directory), fix=f"kept are steps {steps}")
