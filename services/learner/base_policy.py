@@ -102,6 +102,10 @@ def _warm_start(config: RunConfig, task: Task, directory: Path, progress: Progre
     temporary = Path(tempfile.mkdtemp(dir=directory.parent))
     write_policy(policy, temporary)
     (temporary / REPORT).write_text(json.dumps(report.to_dict()))
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    if not (directory / REPORT).is_file():
+        shutil.rmtree(directory, ignore_errors=True)
+    try:
+        temporary.rename(directory)
+    except OSError:  # another run was quicker, and may be reading the same there
+        shutil.rmtree(temporary)
     log.info("warm start: %s", report)

@@ -8,7 +8,7 @@ import pytest
 
 from sapo_learner.config import parse
 from sapo_learner.errors import ConfigError
-from sapo_learner.policy import tiny_policy, write_policy
+from sapo_learner.policy import Policy, tiny_policy, write_policy
 from sapo_learner.snapshot import weights_digest
 from services.learner import base_policy as module
 from services.learner.base_policy import base_policy
@@ -109,3 +109,25 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json there"):
         base_policy(config(source=str(tmp_path)), quiet)
+
+
+def test_of_two_runs_that_begin_at_once_the_quicker_one_s_is_kept(
+    tasks: list[Lenient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be reading it while the other one comes to its end."""
+    write, files = module.write_policy, list[int]()
+
+    def overtaken(policy: Policy, directory: Path) -> None:
+        monkeypatch.setattr(module, "write_policy", write)
+        base_policy(config(), quiet)
+        files.extend(inodes())
+        write(policy, directory)
+
+    def inodes() -> list[int]:
+        return sorted(path.stat().st_ino for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+    monkeypatch.setattr(module, "write_policy", overtaken)
+    base_policy(config(), quiet)
+    assert len(tasks) == 2, "each has made one"
+    assert files
+    assert inodes() == files
