@@ -10,11 +10,13 @@ from transformers import Qwen3MoeConfig
 from sapo_learner import checkpoint
 from sapo_learner.config import LearnerSettings, LoraSettings, PolicySettings, parse
 from sapo_learner.errors import ConfigError, Mismatch
+from sapo_learner.hidden_states import use_packing
 from sapo_learner.learner import Learner
 from sapo_learner.lora import LoraPolicy, add_lora, check_lora
 from sapo_learner.policy import Policy, load_policy, load_weights, tiny_policy
 from sapo_learner.probe import measure, sequence_logprobs
 from sapo_learner.resume import capture, restore
+from sapo_learner.sharding import check_shardable
 from sapo_learner.snapshot import read_snapshot, snapshot_digest, weights_digest, write_snapshot
 from sapo_learner.train import Position, train
 from services.wire import decode, encode
@@ -241,3 +243,12 @@ def test_options_that_lora_has_elsewhere_are_refused_with_the_reason(option: str
 def test_named_layers_alone_are_adapted(tmp_path: Path) -> None:
     policy = adapted("llama", tmp_path, settings=LoraSettings(rank=2, alpha=2, target_modules=["q_proj", "o_proj"]))
     assert list(policy.layers) == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"]
+
+
+def test_several_ranks_are_refused_also_where_torchrun_alone_says_how_many_there_are(tmp_path: Path) -> None:
+    base, policy = plain("qwen3", tmp_path), adapted("qwen3", tmp_path)
+    for each in (base, policy):
+        use_packing(each)
+    check_shardable(base)
+    with pytest.raises(ConfigError, match=r"policy\.lora: adapters are trained by one process.*parallel\.processes to 1"):
+        check_shardable(policy)
