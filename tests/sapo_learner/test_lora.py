@@ -250,5 +250,6 @@ def test_several_ranks_are_refused_also_where_torchrun_alone_says_how_many_there
     for each in (base, policy):
         use_packing(each)
     check_shardable(base)
-    with pytest.raises(ConfigError, match=r"policy\.lora: adapters are trained by one process.*parallel\.processes to 1"):
+    refusal = r"policy\.lora: adapters are trained by one process.*parallel\.processes to 1"
+    with pytest.raises(ConfigError, match=refusal):
         check_shardable(policy)
