@@ -20,7 +20,7 @@ from sapo_learner.errors import Mismatch
 from services.control_plane.evaluation_parts import Part, cut, digest
 from services.control_plane.sampler import derive_seed
 from services.runtime.api import ChunkResult, EvaluationChunk
-from services.runtime.settings import EvaluationSettings
+from services.runtime.evaluation_settings import EvaluationSettings
 from services.suites import Suite
 from services.tasks import Prompt
 

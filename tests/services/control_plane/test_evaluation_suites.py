@@ -21,8 +21,9 @@ from services.rollout.responder import Responder
 from services.rollout.scoring import Scorer
 from services.run_directory import stopped_status
 from services.runstore import EmbeddedRedis
+from services.runtime.evaluation_settings import EvaluationSettings
 from services.runtime.metrics import RolloutMetrics
-from services.runtime.settings import EvaluationSettings, RunConfig, save_config
+from services.runtime.settings import RunConfig, save_config
 from services.suites import Suite
 from services.tasks import Prompt, TaskSettings
 from tests.small_run import Learner, Running, answer, control_plane, evaluate_all, lease_request, run_config

@@ -8,7 +8,7 @@ import pytest
 from sapo_learner.errors import Mismatch
 from services.control_plane.evaluation_parts import CHUNK_PROMPTS, cut, summary
 from services.control_plane.evaluations import Evaluations
-from services.runtime.settings import EvaluationSettings
+from services.runtime.evaluation_settings import EvaluationSettings
 from services.tasks import Prompt
 from tests.small_run import answer
 
