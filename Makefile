@@ -45,7 +45,8 @@ demo-vllm: install-vllm  ## the demo with two real vLLM engines, on this machine
 	$(BIN_VLLM)/sapo up deploy/examples/demo.yaml --set run.name=demo-vllm --set engine.name=vllm --set run.seed=$(SEED) --again
 
 test: install  ## run the tests, two files at a time
-	$(BIN)/pytest -n 2 --dist loadfile
+	@# Not reordered by the number of tests: files with few of them, which start the whole stack, would come last.
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-vllm: install-vllm  ## run the tests that need vLLM
 	$(BIN_VLLM)/pytest -m vllm

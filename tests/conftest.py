@@ -14,6 +14,20 @@ if os.environ.get("CI"):
 
 gc.disable()  # while modules load, which are no garbage
 
+LONG = (
+    "end_to_end/",
+    "chaos/test_chaos.py",
+    "sapo_learner/test_several_ranks.py",
+    "benchmarks/",
+    "services/test_check.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts the whole stack comes first: whichever file is the last, one worker alone is busy with it."""
+    root = Path(__file__).parent
+    items.sort(key=lambda item: not item.path.relative_to(root).as_posix().startswith(LONG))
+
 
 def pytest_collection_finish() -> None:
     """From here on as usual, but never again among what was loaded."""
@@ -27,5 +41,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def warm_starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where base policies are cached: every run of the session has the same one."""
-    return tmp_path_factory.mktemp("warm-starts")
+    """Where base policies are cached: every run of the session has the same one, whichever worker starts it."""
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "warm-starts"
+    directory.mkdir(exist_ok=True)
+    return directory

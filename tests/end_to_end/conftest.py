@@ -24,7 +24,7 @@ import pytest
 from sapo_learner import checkpoint
 from tests.prometheus import Prometheus, Scrape, looking_back, scraping
 
-STEPS, GROUPS_PER_STEP, GROUP_SIZE, MAX_POLICY_AGE = 70, 16, 8, 4
+STEPS, GROUPS_PER_STEP, GROUP_SIZE, MAX_POLICY_AGE = 40, 16, 8, 4
 SETTINGS = {
     "run.name": "stack",
     "training.steps": STEPS,
