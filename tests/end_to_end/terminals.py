@@ -27,7 +27,7 @@ from services.runstore import EmbeddedRedis
 from tests.end_to_end.conftest import SETTINGS
 from tests.logs import log_text
 
-STEPS = 60
+STEPS = 40
 TORCHRUN = [
     "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "services.cli",
 ]  # fmt: skip
@@ -186,7 +186,6 @@ def _start_in_the_worst_order(terminals: Terminals, settings: list[str]) -> None
 
 def _join_and_leave(terminals: Terminals) -> None:
     terminals.dies_of_sigpipe = [each.name for each in terminals.open.values() if not ignores_sigpipe(each.process.pid)]
-    terminals.start("rollout-2", "--name", "rollout-2")
     terminals.wait("third worker", lambda: _tokens_of(terminals, "rollout-2") > 0)
     terminals.left_at = int(terminals.ask("/v1/status")["learner"]["step"])
     terminals.exit_codes["rollout-0"] = terminals.open["rollout-0"].end()
@@ -196,11 +195,12 @@ def _join_and_leave(terminals: Terminals) -> None:
 
 
 def _lose_a_rank(terminals: Terminals) -> None:
-    """kill -9 of rank 1, once there is a checkpoint; the agent starts both again."""
+    """kill -9 of rank 1, once there is a checkpoint; the agent starts both again. Meanwhile the third worker starts."""
     terminals.wait("checkpoint", lambda: any((terminals.directory / "checkpoints").glob("step-*[1-9]-*")))
     (victim,) = _ranks(terminals, "1")
     terminals.killed_at = int(terminals.ask("/v1/status")["learner"]["step"])
     victim.kill()
+    terminals.start("rollout-2", "--name", "rollout-2")
     terminals.wait("rank in its place", lambda: [each for each in _ranks(terminals, "1") if each != victim])
 
 

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -127,7 +128,8 @@ def fill_disk(run: Attacked, process: "subprocess.Popen[str]") -> None:
 
 
 def status(run: Attacked) -> dict[str, dict[str, object]]:
-    return dict(json.loads(run.sapo("status", str(run.directory), "--json").stdout))
+    headers = {"Authorization": f"Bearer {run.environment['SAPO_TOKEN']}"}
+    return dict(httpx.get(f"{run.services()['control_plane_url']}/v1/status", headers=headers, timeout=30).json())
 
 
 def take_memory(run: Attacked, process: "subprocess.Popen[str]", wish: Path) -> None:
