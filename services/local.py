@@ -10,19 +10,17 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from sapo_learner.errors import ConfigError, Mismatch, SapoError, Unauthenticated, Unavailable
+from services.local_child import DEATHS, Child
 from services.process_logs import ProcessLogs
 from services.prometheus_targets import write_targets
 from services.rollout.engines.vllm_adapter import require_vllm
@@ -35,32 +33,11 @@ from services.runtime.settings import RunConfig, dump_config
 
 log = logging.getLogger(__name__)
 
-DEATHS, WITHIN_SECONDS = 3, 60.0
 VLLM_START_SECONDS = 60.0  # which a worker needs before it can die of anything
 HOPELESS = (ConfigError.exit_code, Unauthenticated.exit_code, Mismatch.exit_code)
-STOP_SECONDS = 20.0
 LAST_LINES = 12
 LITTLE_BYTES = 64 << 20  # of a disk that may have been full a moment ago
 REQUESTED_CONFIG = "requested.yaml"  # the control plane makes it run.yaml once it has found it fit
-
-
-@dataclass
-class Child:
-    """One service: how it is started, and what became of it."""
-
-    name: str
-    command: list[str]
-    http: str = ""
-    once: list[str] = field(default_factory=list)  # options until they have had their effect
-    process: asyncio.subprocess.Process | None = None
-    state: str = "starting"
-    restarts: int = 0
-    within_seconds: float = WITHIN_SECONDS  # DEATHS of them without progress stop the run
-    deaths: deque[tuple[float, Any]] = field(default_factory=lambda: deque(maxlen=DEATHS))  # when, progress then
-
-    @property
-    def pid(self) -> int | None:
-        return self.process.pid if self.process and self.process.returncode is None else None
 
 
 class LocalRun:
@@ -205,7 +182,7 @@ class LocalRun:
                 return
             child.state = f"died ({exit_reason(code)})"
             child.deaths.append((time.monotonic(), self._progress()))
-            if code in HOPELESS or self._keeps_dying(child):
+            if code in HOPELESS or child.keeps_dying:
                 self._fail(child, code)
                 return
             child.restarts += 1
@@ -226,10 +203,6 @@ class LocalRun:
 
     def _progress(self) -> tuple[int, int]:
         return (self.status.get("learner", {}).get("step", -1), self.status.get("accepted", -1))
-
-    def _keeps_dying(self, child: Child) -> bool:
-        (first, progress), (last, now) = child.deaths[0], child.deaths[-1]
-        return len(child.deaths) == DEATHS and last - first < child.within_seconds and progress == now
 
     def _fail(self, child: Child, code: int) -> None:
         lines = self._logs.last_lines(child.name, LAST_LINES)
@@ -280,10 +253,10 @@ class LocalRun:
         if self._failure.done():
             self._failure.exception()  # raised by `finished`, or overtaken by whatever else ended the run
         workers = [each for name, each in self.children.items() if name.startswith("rollout")]
-        await asyncio.gather(*(self._terminate(each) for each in workers))
+        await asyncio.gather(*(each.terminate() for each in workers))
         for name in ("learner", "ingest", "control-plane", "redis"):
             if name in self.children:
-                await self._terminate(self.children[name])
+                await self.children[name].terminate()
         for task in self._watchers:
             task.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -292,20 +265,6 @@ class LocalRun:
             holder.close()
         forget_services(self.directory)
         write_targets(self.directory, self.config.run.name, {})
-
-    async def _terminate(self, child: Child) -> None:
-        process = child.process
-        if process is None or process.returncode is not None:
-            return
-        child.state = "stopping"
-        process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), STOP_SECONDS)
-        except TimeoutError:
-            log.warning("%s did not stop within %.0f s: killed", child.name, STOP_SECONDS)
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-        child.state = "stopped"
 
 
 def _little_room(directory: Path) -> str:

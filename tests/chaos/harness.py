@@ -14,7 +14,8 @@ import httpx
 import psutil
 
 from sapo_learner.config import parse
-from services.local import Child, LocalRun
+from services.local import LocalRun
+from services.local_child import Child
 from services.runstore import EmbeddedRedis, RunStore
 from services.runtime.settings import RunConfig
 from tests.chaos.proxy import AckReader, Proxy, SeenAck

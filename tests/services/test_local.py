@@ -15,7 +15,8 @@ import pytest
 from sapo_learner.config import parse
 from sapo_learner.errors import ConfigError, SapoError, Unavailable
 from services import local
-from services.local import Child, LocalRun
+from services.local import LocalRun
+from services.local_child import Child
 from services.rollout.engines import vllm_adapter
 from services.run_directory import live_services, set_aside
 from services.runstore import EmbeddedRedis
@@ -234,7 +235,7 @@ async def test_workers_that_take_long_to_start_may_take_longer_to_die_three_time
     try:
         for name, gives_up in (("rollout-0", True), ("ingest", False)):
             run.children[name].deaths.extend([(0.0, (5, 9)), (80.0, (5, 9)), (160.0, (5, 9))])
-            assert run._keeps_dying(run.children[name]) == gives_up
+            assert run.children[name].keeps_dying == gives_up
     finally:
         await run.stop()
 
