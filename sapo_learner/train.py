@@ -92,41 +92,39 @@ def train(
     phases.taken()  # what was before is no step's
     while True:
         with phases("read"):
-            _obey(learner, position, log.controls(position.cursor))
-        settings = learner.settings
-        if learner.step_count >= settings.training.steps and not _prolonged(learner, log, position):
-            return
-        with phases("read"):
-            entries = _take(log, position.cursor, settings.training.groups_per_step)
+            entries = _due(learner, log, position)
         if entries is None:
             return
         settings = _obey(learner, position, [entry for entry in entries if entry.kind != GROUP])
-        entries = [entry for entry in entries if entry.kind == GROUP]
         oldest_step = learner.step_count - settings.training.max_policy_age
-        skipped = [entry for entry in entries if entry.id in skips]
         with phases("decode"):
-            read = _read([entry for entry in entries if entry.id not in skips], decode, oldest_step, attend)
-        groups, ids, stale, invalid = read
-        fates = dict.fromkeys((entry.id for entry in skipped), Outcome.skipped)
-        fates |= dict.fromkeys(stale, Outcome.stale) | dict.fromkeys(invalid, Outcome.invalid)
+            read = _read([entry for entry in entries if entry.kind == GROUP], decode, skips, oldest_step, attend)
         with phases("collate"):
-            advantages = step_advantages(groups, settings.advantages)
-            batch = _collate(groups, advantages, settings, learner)
-        update = learner.step(batch, _announcing(attend, ids))
-        fates |= zip(ids, _fates(batch, update), strict=True)
+            advantages = step_advantages(read.groups, settings.advantages)
+            batch = _collate(read.groups, advantages, settings, learner)
+        update = learner.step(batch, _announcing(attend, read.ids))
+        fates = {**read.fates, **dict(zip(read.ids, _fates(batch, update), strict=True))}
         outcomes = Counter(fates.values())
         position.advance(entries[-1], outcomes)
         yield StepReport(
             update=update,
             outcomes={outcome.value: outcomes[outcome] for outcome in Outcome},
             cursor=position.cursor,
-            groups=groups,
-            entries=ids,
+            groups=read.groups,
+            entries=read.ids,
             fates=fates,
             advantages=advantages,
             sequences=batch.sequences,
-            invalid=invalid,
+            invalid=read.invalid,
         )
+
+
+def _due(learner: Learner, log: Log, position: Position) -> list[Entry] | None:
+    """The next step's entries, the last of them a group; None when all is done, or when the log says stop."""
+    training = _obey(learner, position, log.controls(position.cursor)).training
+    if learner.step_count >= training.steps and not _prolonged(learner, log, position):
+        return None
+    return _take(log, position.cursor, training.groups_per_step)
 
 
 def _prolonged(learner: Learner, log: Log, position: Position) -> bool:
@@ -154,26 +152,35 @@ def _obey(learner: Learner, position: Position, controls: Sequence[Entry]) -> Le
     return learner.settings
 
 
-def _read(
-    entries: Sequence[Entry], decode: Decode, oldest_step: int, attend: Attend
-) -> tuple[list[TrajectoryGroup], list[str], list[str], dict[str, str]]:
-    """Groups to train on with their entries' ids, the ids of those older than `oldest_step`, and why others (by entry
-    id) do not decode. A bad entry costs the run nothing but itself.
-    """
-    groups, ids, stale, invalid = [], [], [], {}
+@dataclass
+class _Read:
+    """What came in: groups to train on with their entries' ids, what became of the others, and what was wrong."""
+
+    groups: list[TrajectoryGroup] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    fates: dict[str, Outcome] = field(default_factory=dict)
+    invalid: dict[str, str] = field(default_factory=dict)
+
+
+def _read(entries: Sequence[Entry], decode: Decode, skips: Collection[str], oldest_step: int, attend: Attend) -> _Read:
+    """A bad entry costs the run nothing but itself. oldest_step: groups from before it are stale."""
+    read = _Read()
     for entry in entries:
+        if entry.id in skips:
+            read.fates[entry.id] = Outcome.skipped
+            continue
         attend("decoding", [entry.id])
         try:
             group = decode(entry.payload)
         except InvalidTrajectory as error:
-            invalid[entry.id] = str(error)
+            read.fates[entry.id], read.invalid[entry.id] = Outcome.invalid, str(error)
             continue
         if group.oldest_step < oldest_step:
-            stale.append(entry.id)
+            read.fates[entry.id] = Outcome.stale
         else:
-            groups.append(group)
-            ids.append(entry.id)
-    return groups, ids, stale, invalid
+            read.groups.append(group)
+            read.ids.append(entry.id)
+    return read
 
 
 def _fates(batch: TrainingBatch, update: UpdateReport) -> list[Outcome]:
