@@ -129,7 +129,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, warm_starts: Path) -> Stack:
     return stack
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prometheus(stack: Stack) -> Iterator[Prometheus]:
     """What one saw of the second run until it was killed."""
     with looking_back(stack.scrape) as server:
