@@ -241,9 +241,8 @@ async def alternation(directory: Path, window: float) -> tuple[float, float]:
     assert services is not None
     alone = await measured(directory, window)
     async with chromium() as browser:
-        context = await browser.new_context()
-        for _ in range(TABS):
-            await opened(context, page_address(services.control_plane_url, services.token))
+        for _ in range(TABS):  # each as in a browser of its own: one opens six connections to a server
+            await opened(await browser.new_context(), page_address(services.control_plane_url, services.token))
         hold_back()
         await asyncio.sleep(SETTLE_SECONDS)
         beside = await measured(directory, window)

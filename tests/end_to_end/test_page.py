@@ -209,6 +209,27 @@ def test_a_killed_worker_shows_as_gone_and_comes_back(up: Up, browser: Browser) 
     assert not [each for each in tab.complaints if "401" not in each]
 
 
+def test_a_tab_in_the_background_holds_no_connection_and_catches_up(up: Up, browser: Browser) -> None:
+    """Or the seventh tab of a browser would wait for ever."""
+    tab = browser.open(up.address)
+    until(lambda: tab.step() > 0, 60)
+    turn = "(away) => {{ {} }}".format(
+        "Object.defineProperty(document, 'hidden', { value: away, configurable: true });"
+        "document.dispatchEvent(new Event('visibilitychange'));"
+    )
+    others = [browser.open(up.address)]
+    for _ in range(7):  # in one context: with connections of their own they would find none left
+        others[-1].page.evaluate(turn, True)
+        page = others[0].page.context.new_page()
+        page.goto(up.address)
+        page.wait_for_selector("#connection.good", timeout=30_000)
+        others.append(Tab(page))
+    before = up.step()
+    until(lambda: up.step() > before)
+    others[0].page.evaluate(turn, False)
+    until(lambda: others[0].step() > before)
+
+
 def test_a_trained_group_is_there_with_coloured_tokens_and_their_numbers(up: Up, browser: Browser) -> None:
     tab = browser.open(up.address)
     tab.page.wait_for_selector("#group-rows button", timeout=60_000)

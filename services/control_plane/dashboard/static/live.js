@@ -1,4 +1,5 @@
 // The connection: everything once, then what is new as server-sent events, and everything again after an interruption.
+// A tab in the background has none: a browser opens six connections to one server, and every stream keeps one.
 
 export function connect(store, { changed, said }) {
   let loading = null, waiting = [], source = null;
@@ -24,13 +25,20 @@ export function connect(store, { changed, said }) {
     });
   }
 
+  function close() {
+    source?.close();
+    source = null;
+  }
+
   function open() {
+    close();
+    if (document.hidden) return;
     source = new EventSource("v1/live");
     source.addEventListener("open", reload);
     source.addEventListener("error", async () => {
       const over = ["finished", "stopped"].includes(store.now?.state);
       said(over ? "the run has ended; `sapo dashboard RUN` serves it" : "no connection; trying again", "bad");
-      if (source.readyState !== EventSource.CLOSED) return;  // the browser tries again by itself
+      if (source?.readyState !== EventSource.CLOSED) return;  // the browser tries again by itself
       setTimeout(open, 3000);
       const look = new AbortController();
       const answer = await fetch("v1/live", { signal: look.signal }).catch(() => null);
@@ -45,5 +53,6 @@ export function connect(store, { changed, said }) {
     });
   }
 
+  document.addEventListener("visibilitychange", open);
   open();
 }
