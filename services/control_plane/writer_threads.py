@@ -11,6 +11,7 @@ from services.runtime.metrics import ControlPlaneMetrics
 from services.runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)
+REASONS = SLOW, FAILED = ("too slow", "failed")
 WAITING = 1024  # lines that wait for a slow writer; older ones are lost to it
 CLOSE_SECONDS = 5.0
 
@@ -33,7 +34,7 @@ class WriterThread:
         with self._changed:
             if len(self._lines) >= WAITING:
                 self._lines.popleft()
-                self._lost("too slow")
+                self._lost(SLOW)
             self._lines.append(line)
             self._changed.notify()
 
@@ -68,7 +69,7 @@ class WriterThread:
             return self._lines.popleft() if self._lines else None
 
     def _failed(self, error: Exception) -> None:
-        self._lost("failed")
+        self._lost(FAILED)
         self._lost_meanwhile += 1
         if not self._failing:
             log.error("record writer %s: %s; the run goes on, and lines are lost to it", self.name, _sentence(error))
@@ -88,6 +89,8 @@ def started(config: RunConfig, metrics: ControlPlaneMetrics) -> list[WriterThrea
     run = Run(name, known, directory, config.model_dump(mode="json"))
 
     def thread(name: str, kind: type[RecordWriter]) -> WriterThread:
+        for reason in REASONS:
+            metrics.writer_lost.labels(name, reason)  # there at 0, before the first is lost
         return WriterThread(name, lambda: kind(run), lambda reason: metrics.writer_lost.labels(name, reason).inc())
 
     return [thread(*each) for each in writer_classes(config.record.writers).items()]

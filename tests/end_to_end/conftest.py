@@ -39,6 +39,7 @@ SETTINGS = {
     "evaluation.samples": 198,
     "evaluation.boundary_samples": 396,
     "probe.behaviour_every": 2,
+    "record.writers": "[tensorboard]",
     # A base that is good enough to have signal, in a few seconds.
     "policy.warm_start.clean_steps": 350,
     "policy.warm_start.clean_target": 0.5,

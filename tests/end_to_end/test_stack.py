@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sapo_learner import checkpoint
 from sapo_learner.archive import Archive
@@ -279,6 +280,12 @@ def test_eval_and_sample_read_the_run(stack: Stack) -> None:
     sampled = sapo("sample", f"{stack.directory}@{STEPS}", "--prompt", "7+5-3=")
     assert sampled.code == 0, sampled.err
     assert sampled.out.startswith("7+5-3=")
+
+
+def test_tensorboard_has_every_step_of_both_lives_once(stack: Stack) -> None:
+    found = EventAccumulator(str(stack.directory / "tensorboard" / "steps")).Reload().Scalars("step/reward")
+    rewards = {each["step"]: each["reward"] for each in stack.lines("step")}
+    assert {each.step: each.value for each in found} == pytest.approx(rewards, rel=1e-5)
 
 
 def test_plot_draws_a_run_that_was_interrupted_and_attacked(stack: Stack, tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 Line = Mapping[str, Any]
 View = Mapping[str, Any]
-STARVED_SHARE, STARVED_SECONDS = 0.5, 60.0
+STARVED_SHARE, STARVED_SECONDS = 0.9, 600.0
 NEARLY_FULL = 0.8
 REFUSED_SECONDS = 600.0
-FEW, LEAST_SAMPLE_SIZE = 5, 0.1  # steps that a figure is the mean of
-MOST_LOG_RATIO = 0.1
+SUSTAINED = 20  # steps, in each of which it is so
+LEAST_SAMPLE_SIZE, MOST_LOG_RATIO = 0.1, 0.1
 CHECKPOINTS_MISSED = 2
 COLLAPSED, WORTH = 0.5, 0.1  # of the best pass@1, which was at least so much
 PROBE_MAX_FLOAT32, PROBE_MEAN_SIXTEEN_BIT = 1e-4, 0.05  # as in sapo_learner.probe, which needs torch
@@ -94,14 +94,13 @@ def _services(view: View, _: Facts) -> Iterator[Alert]:
 
 
 def _starved(view: View, facts: Facts) -> Iterator[Alert]:
-    """From the steps that ended in the last minute; without one, from what the learner waits for."""
+    """From the steps that ended in the last ten minutes, if they are most of that time."""
     recent = [line for line in facts.steps if (number(line.get("ended")) or 0.0) > facts.now - STARVED_SECONDS]
     waited = sum(number(line.get("waited_seconds")) or 0.0 for line in recent[1:])
-    whole = waited + sum(
-        (number(line.get("ended")) or 0.0) - (number(line.get("started")) or 0.0) for line in recent[1:]
-    )
-    if view["state"] == "training" and len(recent) > FEW and waited > STARVED_SHARE * whole:
-        what = f"the learner waited for groups for {waited / whole:.0%} of the last minute"
+    worked = sum((number(line.get("ended")) or 0.0) - (number(line.get("started")) or 0.0) for line in recent[1:])
+    whole = waited + worked
+    if view["state"] == "training" and whole > STARVED_SECONDS / 2 and waited > STARVED_SHARE * whole:
+        what = f"the learner waited for groups for {waited / whole:.0%} of the last ten minutes"
         yield Alert("SapoLearnerStarved", "warning", what, "add rollout workers, or raise pacing.lookahead")
 
 
@@ -157,25 +156,26 @@ def _pass_at_1(_: View, facts: Facts) -> Iterator[Alert]:
         yield Alert("SapoPassAt1Collapse", "critical", what, fix)
 
 
-def _mean(facts: Facts, name: str) -> float | None:
-    """Of a diagnostic of all tokens over the last few steps."""
-    lines = facts.steps[-FEW:]
+def _last(facts: Facts, name: str) -> list[float]:
+    """A diagnostic of all tokens in each of the last steps; [] where some have none, or where there are too few."""
+    lines = facts.steps[-SUSTAINED:]
     found = [number((line.get("diagnostics") or {}).get(name, {}).get("all")) for line in lines]
     known = [each for each in found if each is not None]
-    return sum(known) / len(known) if len(known) == FEW else None
+    return known if len(known) == SUSTAINED else []
 
 
 def _sample_size(_: View, facts: Facts) -> Iterator[Alert]:
-    mean = _mean(facts, "effective_sample_size")
-    if mean is not None and mean < LEAST_SAMPLE_SIZE:
-        what = f"the effective sample size of the last steps is {mean:.1%} of their tokens: a few decide the step"
+    found = _last(facts, "effective_sample_size")
+    if found and max(found) < LEAST_SAMPLE_SIZE:
+        what = f"the effective sample size of a step is at most {max(found):.1%} of its tokens: a few decide it"
         yield Alert("SapoEffectiveSampleSizeCollapse", "warning", what, "lower pacing.lookahead, or a filter by age")
 
 
 def _drift(_: View, facts: Facts) -> Iterator[Alert]:
-    mean = _mean(facts, "log_ratio")
-    if mean is not None and abs(mean) > MOST_LOG_RATIO:
-        what = f"the mean log-ratio of the last steps is {mean:+.3f}: data and policy are far apart"
+    found = _last(facts, "log_ratio")
+    if found and (min(found) > MOST_LOG_RATIO or max(found) < -MOST_LOG_RATIO):
+        mean = sum(found) / len(found)
+        what = f"the mean log-ratio is {mean:+.3f} over the last {SUSTAINED} steps: data and policy are far apart"
         yield Alert(
             "SapoLogRatioDrift", "warning", what, "`sapo check` compares engine and learner; lower the learning rate"
         )

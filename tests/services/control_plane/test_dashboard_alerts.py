@@ -51,6 +51,9 @@ def diagnosed(name: str, value: float) -> Facts:
     return replace(HEALTHY, steps=[step(number, diagnostics={name: {"all": value}}) for number in range(1, 21)])
 
 
+OFF = {"log_ratio": {"all": -3.0}, "effective_sample_size": {"all": 0.01}}
+
+
 def evaluated(*rates: float) -> Facts:
     lines = [{"step": place, "pass_at_1": rate, "standard_error": 0.01} for place, rate in enumerate(rates)]
     return replace(HEALTHY, evaluations=lines)
@@ -63,7 +66,7 @@ CASES: dict[str, list[tuple[dict[str, Any], Facts]]] = {
     "SapoLearnerSilent": [(view(services=[service("learner", ok=False, state="silent for 12 s")]), HEALTHY)],
     "SapoRedisUnreachable": [(view(services=[service("Redis", ok=False, waiting_for="no answer")]), HEALTHY)],
     "SapoLearnerStarved": [
-        (view(), replace(HEALTHY, steps=[step(number, waited_seconds=0.7) for number in range(1, 21)]))
+        (view(), replace(HEALTHY, steps=[step(number, waited_seconds=20.0) for number in range(1, 21)]))
     ],
     "SapoProbeMismatch": [
         (view(workers=[worker(probe={"max": 0.1, "mean": 1e-7})]), HEALTHY),
@@ -87,7 +90,9 @@ QUIET: dict[str, tuple[dict[str, Any], Facts]] = {
     "Redis is away, so nothing is known": (
         {name: value for name, value in view(workers=[], ledger=None).items() if name != "accepted"}, HEALTHY
     ),
-    "old waits": (view(), replace(HEALTHY, now=NOW + 100, steps=[step(n, waited_seconds=9.0) for n in range(1, 21)])),
+    "waits of the first minute": (view(), replace(HEALTHY, steps=[step(n, waited_seconds=9.0) for n in range(1, 8)])),
+    "one step far off": (view(), replace(HEALTHY, steps=[*STEPS[:-1], step(20, diagnostics=OFF)])),
+    "old waits": (view(), replace(HEALTHY, now=NOW + 1000, steps=[step(n, waited_seconds=9.0) for n in range(1, 21)])),
     "an old refusal": (view(), replace(HEALTHY, now=NOW + 1000, steps=[step(1, refusal="nan"), *STEPS])),
     "just behind": (view(workers=[worker(behind=4)]), HEALTHY),
     "no probe": (view(workers=[worker(probe=None)]), HEALTHY),
