@@ -21,6 +21,7 @@ import psutil
 
 from sapo_learner.errors import ConfigError, Mismatch, SapoError, Unauthenticated, Unavailable
 from services.local_child import DEATHS, Child
+from services.printable import printable
 from services.process_logs import ProcessLogs
 from services.prometheus_targets import write_targets
 from services.rollout.engines.vllm_adapter import require_vllm
@@ -29,6 +30,7 @@ from services.runstore import EmbeddedRedis
 from services.runtime.auth import page_address
 from services.runtime.client import ControlPlaneClient
 from services.runtime.processes import die_with_parent, exit_reason
+from services.runtime.run_identity import identity
 from services.runtime.settings import RunConfig, dump_config
 
 log = logging.getLogger(__name__)
@@ -155,6 +157,11 @@ class LocalRun:
     def _redis_url(self) -> str:
         return self._redis.url if self._redis else os.environ["SAPO_REDIS_URL"]
 
+    @property
+    def _run(self) -> str:
+        """As logs call it, too: figures of two runs of one name are two runs' figures."""
+        return f"{self.config.run.name}-{identity(self.directory)}"
+
     def _write_services(self) -> None:
         LocalServices(
             supervisor_pid=os.getpid(),
@@ -166,7 +173,7 @@ class LocalRun:
             processes={each.name: {"pid": each.pid, "http": each.http} for each in self.children.values()},
         ).write(self.directory)
         probed = {each.name: each.http for each in self.children.values() if each.http}
-        write_targets(self.directory, self.config.run.name, probed)
+        write_targets(self.directory, self._run, probed)
 
     # ---- watch
 
@@ -223,7 +230,7 @@ class LocalRun:
     async def _poll(self) -> None:
         while True:
             try:
-                self.status = await self.control.status()
+                self.status = printable(await self.control.status())
             except SapoError as error:
                 log.debug("no status: %s", error)
             self._logs.shorten()
@@ -264,7 +271,7 @@ class LocalRun:
         for holder in self._reserved:
             holder.close()
         forget_services(self.directory)
-        write_targets(self.directory, self.config.run.name, {})
+        write_targets(self.directory, self._run, {})
 
 
 def _little_room(directory: Path) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 from rich.console import Console
 
 from services.control_plane.unscored import said
+from services.printable import printable
 from services.view import notes, worry
 
 
 def print_status(console: Console, status: dict[str, Any]) -> None:
-    for line in lines(status):
+    for line in lines(printable(status)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

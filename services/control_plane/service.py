@@ -2,7 +2,6 @@
 
 import logging
 import os
-import secrets
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from services.runtime.http import Door, Front, probe_app, serving
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.logging import of_run
 from services.runtime.metrics import ControlPlaneMetrics
+from services.runtime.run_identity import identity
 from services.runtime.settings import Environment, RunConfig, save_config
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ async def serve(lifecycle: Lifecycle, config: RunConfig, environment: Environmen
         store = await closed_last.enter_async_context(
             await RunStore.connect(redis_url, config.run.name, patience=patience, waiting=waiting)
         )
-        identity = _identity(directory)
-        of_run(run := f"{config.run.name}-{identity}")
-        await store.claim(identity)
+        known = identity(directory)
+        of_run(run := f"{config.run.name}-{known}")
+        await store.claim(known)
         plane = ControlPlane(config, store, await _take_over(store, directory), metrics)
         save_config(config)
         await plane.open()
@@ -71,14 +71,6 @@ def _starting_app(lifecycle: Lifecycle, registry: CollectorRegistry, token: str)
         return starting_page(lifecycle.waiting_for)
 
     return app
-
-
-def _identity(directory: Path) -> str:
-    """Two runs may have one name; they do not have one directory."""
-    path = directory / "run.id"
-    if not path.exists():
-        _replace(path, secrets.token_hex(8))
-    return path.read_text()
 
 
 async def _take_over(store: RunStore, directory: Path) -> int:

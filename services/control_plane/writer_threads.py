@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from services.record_writers import Line, RecordWriter, Run, writer_classes
 from services.runtime.metrics import ControlPlaneMetrics
+from services.runtime.run_identity import identity
 from services.runtime.settings import RunConfig
 
 log = logging.getLogger(__name__)
@@ -83,10 +84,8 @@ class WriterThread:
 
 def started(config: RunConfig, metrics: ControlPlaneMetrics) -> list[WriterThread]:
     """The writers that run.yaml names. Raises ConfigError as `writer_classes` does."""
-    directory, identity = config.run.directory, config.run.directory / "run.id"
-    name = config.run.name
-    known = f"{name}-{identity.read_text()}" if identity.exists() else name
-    run = Run(name, known, directory, config.model_dump(mode="json"))
+    name, directory = config.run.name, config.run.directory
+    run = Run(name, f"{name}-{identity(directory)}", directory, config.model_dump(mode="json"))
 
     def thread(name: str, kind: type[RecordWriter]) -> WriterThread:
         for reason in REASONS:

@@ -14,6 +14,7 @@ EVENT_SECONDS = 15.0  # an event stream says something at least this often
 MAX_NAME = 200
 MAX_LEASES = 1 << 16  # of one body
 MAX_SHOWN_TOKENS = 1 << 18  # of one response
+MAX_ENTRY = 60
 ENTRY = "^[0-9]+-[0-9]+$"
 """Of the log: GENERATION-SEQUENCE."""
 
@@ -235,7 +236,7 @@ class _ShownPrompt(BaseModel):
 class ShownGroup(RequestBody):
     """A group as it was trained, token by token, for people to look at: what `sapo show` tells, tokens as columns."""
 
-    entry: str = Field(pattern=ENTRY, max_length=60)
+    entry: str = Field(pattern=ENTRY, max_length=MAX_ENTRY)
     step: Count
     draw: Count
     task: str = Field(max_length=MAX_NAME)

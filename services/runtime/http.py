@@ -162,20 +162,35 @@ def _unstalled(receive: Receive) -> Receive:
 
 
 class _Protocol(H11Protocol):
-    """A connection that has not sent a whole request head after HEAD_SECONDS is closed."""
+    """A connection whose request head is not whole HEAD_SECONDS after it was opened, or after the head's first byte, is
+    closed. One that is idle between two requests is uvicorn's to close."""
+
+    _head_timer: asyncio.TimerHandle
+    _head_after: Any = None  # the request before the head that the timer is for
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         _connections[self.client, self.server] = transport
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_unless_asked)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        between = self.cycle is None or self.cycle.response_complete
+        if between and self._head_after is not self.cycle:
+            self._head_timer.cancel()
+            self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer.cancel()
         _connections.pop((self.client, self.server), None)
         super().connection_lost(exc)
 
+    def _await_head(self) -> None:
+        self._head_after = self.cycle
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_unless_asked)
+
     def _close_unless_asked(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        if self.cycle is self._head_after and not self.transport.is_closing():
             self.transport.close()
 
 

@@ -248,6 +248,15 @@ def test_a_trained_group_is_there_with_coloured_tokens_and_their_numbers(up: Up,
     assert "response 0, token 1" in tab.text(".detail")
 
 
+def test_what_the_objective_does_is_drawn_wherever_the_page_is_loaded(up: Up, browser: Browser) -> None:
+    tab = browser.open(up.address)
+    tab.page.click("nav >> text=Objective")
+    tab.page.reload()
+    for panel in ("weight_by_ratio", "ratio_by_sign", "ratio_by_age", "kl"):
+        tab.page.locator(f"#panel-{panel}").scroll_into_view_if_needed(timeout=30_000)
+        tab.page.wait_for_selector(f"#panel-{panel} canvas", timeout=30_000)
+
+
 def test_text_of_a_response_is_only_ever_text(up: Up, browser: Browser) -> None:
     services = up.services()
     group = shown_group("999999-1", task=HOSTILE, worker=HOSTILE).model_dump()

@@ -194,7 +194,8 @@ def test_prometheus_finds_every_process_and_the_run_does_not_notice_when_it_dies
 ) -> None:
     up = {each["metric"]["process"]: each["metric"] for each in prometheus.values("up == 1")}
     assert set(up) == {"control-plane", "ingest", "learner", "rollout-0", "rollout-1"}
-    assert (up["rollout-1"]["run"], up["rollout-1"]["service"]) == ("stack", "rollout")
+    run = f"stack-{(stack.directory / 'run.id').read_text()}"
+    assert (up["rollout-1"]["run"], up["rollout-1"]["service"]) == (run, "rollout")
     assert stack.lines("step")[-1]["time"] > prometheus.when.end, "steps were taken after it was killed"
     assert stack.exit_codes[1] == 0
     assert json.loads((stack.directory / "prometheus-targets.json").read_text()) == [], "nobody is there any more"

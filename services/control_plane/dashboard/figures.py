@@ -14,6 +14,7 @@ _BY_SIGN = (
     "gate", "gate_p10", "gate_p90", "coefficient", "coefficient_p10", "coefficient_p90", "effective_sample_size",
     "log_ratio", "kl",
 )  # fmt: skip
+BESIDE = ("phase/archive", "phase/publish")  # while others go on: see docs/scaling.md
 _SIGNS = ("all", "positive", "negative")
 
 
@@ -44,12 +45,13 @@ def of_step(line: Line) -> Figures:
 
 
 def _times(line: Line) -> dict[str, Figure]:
-    """Seconds of the step, waiting included, and where they went."""
+    """Seconds from the step before to this one, waiting, checkpoint and snapshot included, and where they went."""
     phases = _several("phase/", line.get("seconds"))
-    waited, started, ended = (number(line.get(name)) for name in ("waited_seconds", "started", "ended"))
-    if waited is None or started is None or ended is None:
+    waited = number(line.get("waited_seconds"))
+    one_after_another = [seconds or 0.0 for name, seconds in phases.items() if name not in BESIDE]
+    if waited is None or not one_after_another:
         return phases
-    whole = max(waited + ended - started, 1e-9)
+    whole = max(sum(one_after_another), waited, 1e-9)
     tokens = number(line.get("tokens")) or 0.0
     return phases | {
         "seconds": whole, "waited": waited, "waiting": waited / whole, "tokens_per_second": tokens / whole,

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from sapo_learner.errors import ConfigError, NotFound
-from services.runtime.api import ENTRY, ShownGroup
+from services.runtime.api import ENTRY, MAX_ENTRY, ShownGroup
 
 log = logging.getLogger(__name__)
 KEPT, KEPT_BYTES = 200, 64 << 20
@@ -63,7 +63,7 @@ class KeptGroups:
         return path
 
     def _path(self, entry: str) -> Path:
-        if not re.fullmatch(ENTRY, entry):
+        if not re.fullmatch(ENTRY, entry) or len(entry) > MAX_ENTRY:
             raise ConfigError(f"{entry[:80]!r} is no entry", where="groups", fix="GENERATION-SEQUENCE, as in 1-57")
         return self._directory / f"{entry}.json"
 

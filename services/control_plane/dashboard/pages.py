@@ -3,9 +3,13 @@
 Everything is read once, from the package. Only what the login page needs is served to whoever asks.
 """
 
+import asyncio
 import hashlib
 import html
+import logging
+import math
 import mimetypes
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -16,9 +20,11 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from sapo_learner.errors import ConfigError, NotFound, Unauthenticated
 from services.runtime.auth import check_bearer, check_cookie, cookie_name, cookie_value
 
+log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
 OPEN = frozenset({"style.css", "login.js", "icon.svg"})
-MAX_FORM_BYTES = 4096
+MAX_FORM_BYTES, FORM_SECONDS = 4096, 10.0
+NOTE_SECONDS = 60.0
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -33,6 +39,7 @@ _WAITING = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta h
 class Pages:
     def __init__(self, token: str) -> None:
         self._token = token
+        self._wrong, self._next_note = 0, -math.inf
         found = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
         self._files = {name: path.read_bytes() for name, path in found.items()}
 
@@ -56,8 +63,14 @@ class Pages:
         length = request.headers.get("content-length", "")
         if not length.isdigit() or int(length) > MAX_FORM_BYTES:
             raise ConfigError(f"a login states a length of at most {MAX_FORM_BYTES} bytes", where="/login")
-        given = parse_qs((await request.body()).decode("utf-8", "replace")).get("token", [""])[0]
+        try:
+            async with asyncio.timeout(FORM_SECONDS):  # of somebody who has no token yet
+                form = await request.body()
+        except TimeoutError:
+            raise ConfigError(f"the form did not come within {FORM_SECONDS:g} s", where="/login") from None
+        given = parse_qs(form.decode("utf-8", "replace")).get("token", [""])[0]
         if check_bearer(f"Bearer {given.strip()}".encode(), self._token) is not None:
+            self._note_wrong(request)
             return self._login_page(401, wrong=True)
         answer = RedirectResponse("./", status_code=303, headers=HEADERS)
         answer.set_cookie(
@@ -65,6 +78,14 @@ class Pages:
             secure="https" in (request.url.scheme, request.headers.get("x-forwarded-proto", "")),
         )  # fmt: skip
         return answer
+
+    def _note_wrong(self, request: Request) -> None:
+        """In the log, but once a minute however many there are."""
+        self._wrong += 1
+        if (now := time.monotonic()) >= self._next_note:
+            who = request.client.host if request.client else "somewhere"
+            log.warning("%d logins with a wrong token, the last from %s", self._wrong, who)
+            self._wrong, self._next_note = 0, now + NOTE_SECONDS
 
     def _login_page(self, status: int, *, wrong: bool = False) -> Response:
         page = self._files["login.html"].decode()

@@ -77,6 +77,26 @@ async def test_a_login_opens_page_and_api_and_its_cookie_is_not_the_token(browse
     assert cookie.value == cookie_value(TOKEN)
 
 
+@pytest.mark.parametrize(
+    "other", ['foo={"a":1}', "n=Jörg", "flag", "x=a b", "x=1; ; y", 'q="', "=", f"{cookie_name(TOKEN)}=old"]
+)
+async def test_cookies_of_others_on_the_same_host_lock_nobody_out(anybody: httpx.AsyncClient, other: str) -> None:
+    ours = f"{cookie_name(TOKEN)}={cookie_value(TOKEN)}"
+    for both in (f"{other}; {ours}", f"{ours}; {other}"):
+        assert (await anybody.get("/v1/history", headers={"Cookie": both.encode()})).status_code == 200
+
+
+async def test_wrong_logins_are_in_the_log_but_do_not_fill_it(
+    anybody: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(5):
+        await anybody.post("/login", data={"token": "guess"})
+    assert [each for each in caplog.messages if "wrong token" in each] == [
+        "1 logins with a wrong token, the last from 127.0.0.1"
+    ]
+    assert "guess" not in caplog.text
+
+
 async def test_the_cookie_is_out_of_reach_for_scripts_and_other_sites(anybody: httpx.AsyncClient) -> None:
     plain = (await anybody.post("/login", data={"token": TOKEN})).headers["set-cookie"]
     assert {"HttpOnly", "Path=/", "SameSite=strict"} <= set(plain.split("; "))

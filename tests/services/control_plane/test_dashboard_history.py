@@ -17,7 +17,8 @@ from tests.small_run import TOKEN, Learner, Running
 def line(step: int, **fields: Any) -> dict[str, Any]:
     """A step's as the learner writes it, as far as curves need it."""
     facts = {"reward": 0.5, "tokens": 10, "waited_seconds": 1.0, "started": 100.0 * step, "ended": 100.0 * step + 3}
-    return {"kind": "step", "step": step, **facts, **fields}
+    seconds = {"read": 1.0, "forward": 2.5, "checkpoint": 0.5, "publish": 9.0}  # the last goes on beside the others
+    return {"kind": "step", "step": step, "seconds": seconds, **facts, **fields}
 
 
 def columns(history: History) -> dict[str, list[float | None]]:

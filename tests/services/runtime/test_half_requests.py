@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from services.control_plane.dashboard import pages
 from services.runtime import http as http_module
 from services.runtime.http import parse_address
 from tests.small_run import TOKEN, Learner, Running
@@ -24,6 +25,7 @@ HALVES = {
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_module, "HEAD_SECONDS", 0.2)
     monkeypatch.setattr(http_module, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(pages, "FORM_SECONDS", 0.2)
 
 
 @pytest_asyncio.fixture
@@ -45,3 +47,43 @@ async def test_a_request_that_never_gets_whole_ends(
             pass  # an answer that says so, or none; and then the end
     assert not list(tmp_path.rglob("*.upload"))
     assert (await running.client.status())["run"] == running.config.run.name
+
+
+async def connected(running: Running) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, port = parse_address(running.url.removeprefix("http://"), where="test")
+    return await asyncio.open_connection(host, port)
+
+
+@pytest.mark.usefixtures("short")
+async def test_so_does_the_second_request_of_a_connection(running: Running) -> None:
+    reader, writer = await connected(running)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    async with asyncio.timeout(10):
+        assert await reader.readuntil(b'"alive"}')
+        writer.write(b"GET /healthz HTTP/1.1\r\nHo")
+        assert await reader.read() == b""
+    writer.close()
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_second_request_in_time_is_answered(running: Running) -> None:
+    reader, writer = await connected(running)
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert await reader.readuntil(b'"alive"}')
+            await asyncio.sleep(0.15)  # three together are longer than one head may take
+    writer.close()
+
+
+@pytest.mark.usefixtures("short")
+async def test_a_login_that_comes_drop_by_drop_ends(running: Running) -> None:
+    reader, writer = await connected(running)
+    writer.write(b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 4000\r\n\r\n")
+    async with asyncio.timeout(10):
+        answer = asyncio.create_task(reader.readline())
+        while not answer.done():
+            writer.write(b"x")
+            await asyncio.wait([answer], timeout=0.05)
+        assert answer.result().startswith(b"HTTP/1.1 4")
+    writer.close()

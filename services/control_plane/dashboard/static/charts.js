@@ -30,10 +30,11 @@ export class Chart {
   }
 
   draw() {
-    if (!this.visible || document.hidden) return;
+    if (document.hidden || !(this.visible || this.figure.hidden)) return;
     const { x, series } = this.panel.data(this.store);
     const known = x.length > 0 && series.length > 0;
     this.figure.hidden = Boolean(this.panel.optional) && !known;
+    if (!this.visible) return;  // what was hidden is seen from here on, and then drawn
     for (const each of series) {
       each.mean = x.length > SMOOTHED && !each.low && !each.points ? runningMean(each.y, Math.round(x.length / 50)) : null;
       each.faint = each.mean && series.length <= 2;
@@ -64,14 +65,16 @@ export class Chart {
 
   say(index) {
     const x = this.chart?.data[0] ?? [];
-    const parts = (this.series ?? []).map((each, place) => {
+    const series = this.series ?? [];
+    const parts = series.map((each, place) => {
       const at = index ?? lastKnown(each.y);
       const part = document.createElement("span");
       const value = this.panel.bins && index === null ? "" : at === null ? "-" : number(each.y[at]);
       const mark = part.appendChild(document.createElement("i"));
       mark.style.background = style(`--c${each.colour ?? place}`);
       const band = each.low && at !== null ? ` (${number(each.low[at])} to ${number(each.high[at])})` : "";
-      part.append(`${each.label ? `${each.label} ` : ""}${value}${band}`);
+      const old = index === null && !this.panel.bins && at !== null && at < x.length - 1 && series.length > 1 ? ` (step ${number(x[at])})` : "";
+      part.append(`${each.label ? `${each.label} ` : ""}${value}${band}${old}`);
       return part;
     });
     const last = index ?? x.length - 1;

@@ -40,13 +40,19 @@ function list(groups) {
     const button = text("button", group.entry);
     button.dataset.entry = group.entry;
     button.title = group.prompt;
-    button.addEventListener("click", () => choose(group.entry, groups));
+    row.addEventListener("click", () => choose(group.entry));  // the button's clicks, too
     const name = document.createElement("td");
     name.append(button);
-    row.append(text("td", String(group.step), "n"), name, text("td", group.task), dots(group.rewards), text("td", number(group.weight_mean), "n"));
+    row.append(text("td", String(group.step), "n"), name, taskOf(group), dots(group.rewards), text("td", number(group.weight_mean), "n"));
     return row;
   }));
   if (focused) document.querySelector(`button[data-entry="${CSS.escape(focused)}"]`)?.focus();
+}
+
+function taskOf(group) {
+  const cell = text("td", group.task, "task");
+  cell.title = group.task;
+  return cell;
 }
 
 function empty() {
@@ -81,6 +87,7 @@ async function choose(entry) {
   }
   shown = await answer.json();
   draw();
+  if (matchMedia("(max-width: 800px)").matches) of("group").scrollIntoView();  // it is below the list
 }
 
 function draw() {
