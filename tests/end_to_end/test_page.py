@@ -88,6 +88,7 @@ def up(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         "training": {"steps": 100_000, "groups_per_step": 4, "max_policy_age": 4},
         "sampling": {"group_size": 8, "max_tokens": 12},
         "evaluation": {"every": 5, "samples": 8, "boundary_samples": 8},
+        "pacing": {"lease_seconds": 5},  # a killed worker's draws hold the others up for so long
     }  # fmt: skip
     (root / "run.yaml").write_text(json.dumps(settings))
     log = root / "up.log"
