@@ -82,10 +82,10 @@ class ChaosRun(LocalRun):
         """The real one."""
         return self._ingest_address
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, process: str) -> dict[str, str]:
         """Also what a process started by hand would be given."""
         redis = f"redis://:{self.redis.password}@{self.proxies['redis'].address}/0"
-        return super()._environment() | {
+        return super()._environment(process) | {
             "SAPO_CONTROL_PLANE_URL": f"http://{self.proxies['control-plane'].address}",
             "SAPO_INGEST_ADDRESS": self.proxies["ingest"].address,
             "SAPO_REDIS_URL": redis,
@@ -116,7 +116,7 @@ class ChaosRun(LocalRun):
         """Start a service from another terminal."""
         with self.log_of(name).open("ab") as output:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment()
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment("learner")
             )
 
     def log_of(self, name: str) -> Path:
