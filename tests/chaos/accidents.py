@@ -117,9 +117,9 @@ async def redis_set_back(machine: SmallMachine) -> None:
 async def hung_worker(machine: SmallMachine) -> None:
     """Its process answers, its engine does not: no token comes, and the draws must go to another worker."""
     await machine.start_learner()
-    await machine.start_control_plane(lease_seconds=0.05)
+    await machine.start_control_plane(lease_seconds=0.5)  # many beats long, also on a busy machine
     hung = await machine.lease(2, "hung")
-    deadline = time.monotonic() + 1.0
+    deadline = time.monotonic() + 2.0
     while not await machine.beat(hung, tokens=0, worker="hung"):
         await machine.watch()
         if time.monotonic() > deadline:

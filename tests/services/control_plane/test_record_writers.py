@@ -356,7 +356,7 @@ def wandb(directory: Path, close_seconds: float, **environment: str) -> str:
 
 def test_wandb_writes_a_run_that_can_be_synchronised_later(tmp_path: Path) -> None:
     errors = wandb(tmp_path / "run", 60, WANDB_MODE="offline")
-    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-demo.wandb")
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-demo-*.wandb")
     data = file.read_bytes()
     assert all(name in data for name in (b"step/reward", b"seconds/forward", b"optimizer_step"))
     assert "ERROR" not in errors
