@@ -20,6 +20,7 @@ FEW = 2
 """Up to so many slots an engine is started with exactly as many; any other has room for MANY."""
 MANY = 256
 _running: dict[tuple[str, int], Any] = {}
+_started: list[Any] = []  # vLLMs, in that order
 
 
 async def vllm_engine(policy: Policy, slots: int) -> Any:
@@ -38,11 +39,17 @@ async def vllm_engine(policy: Policy, slots: int) -> Any:
             scratch / "model", description, shapes, PolicyVersion(0, 0), settings=settings, dtype="float32",
             mode="processed", scratch=scratch,
         )  # fmt: skip
+        _started.append(_running[key]._llm)
         return _running[key]
     engine = VllmEngine(known._llm, description, shapes, PolicyVersion(0, 0), scratch, settings, policy.context)
     _running[key] = engine
     await engine.update_weights(policy.tensors(), PolicyVersion(0, 0))
     return engine
+
+
+def newest_engine() -> Any:
+    """Around the vLLM that was started last: it takes the others' metrics out of the process' registry."""
+    return next(each for each in _running.values() if each._llm is _started[-1])
 
 
 def engine_cores(process: psutil.Process) -> list[psutil.Process]:

@@ -21,7 +21,7 @@ from services.rollout.engines import PolicyVersion, Sampled
 from services.rollout.engines.vllm_engine import VllmEngine
 from services.runtime.metrics import RolloutMetrics
 from tests.contract.test_engine import Seen, assert_true, endless, qwen3, request, respond, respond_all
-from tests.contract.vllm_engines import engine_cores, needs_vllm, vllm_engine
+from tests.contract.vllm_engines import engine_cores, needs_vllm, newest_engine, vllm_engine
 
 pytestmark = [pytest.mark.vllm, needs_vllm, pytest.mark.asyncio(loop_scope="session")]
 OLD, NEW = endless(qwen3(seed=1)), endless(qwen3(seed=2))
@@ -65,8 +65,9 @@ async def test_a_prompt_that_was_cached_under_the_old_policy_is_not_read_from_th
     assert_true(await respond(engine, wanted[1]), wanted[1], {1: NEW})
 
 
-async def test_vllm_s_own_metrics_stand_beside_ours(engine: VllmEngine) -> None:
-    metrics = RolloutMetrics()
+@pytest.mark.usefixtures("engine")
+async def test_vllm_s_own_metrics_stand_beside_ours() -> None:
+    engine, metrics = newest_engine(), RolloutMetrics()
     metrics.include("vllm:")
 
     def generated() -> float:
@@ -74,9 +75,9 @@ async def test_vllm_s_own_metrics_stand_beside_ours(engine: VllmEngine) -> None:
         return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
 
     before = generated()
-    await respond(engine, request("measured", seed=5, tokens=40))
+    sampled = await respond(engine, request("measured", seed=5, tokens=40))
     async with asyncio.timeout(20):
-        while generated() < before + 40:  # counted beside the responses
+        while generated() < before + len(sampled.token_ids):  # counted beside the responses
             await asyncio.sleep(0.05)
     assert 'model_name="policy"' in generate_latest(metrics.registry).decode()
 
