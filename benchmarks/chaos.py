@@ -111,9 +111,8 @@ def attack(section: Section, strikes: Sequence[Strike], seed: int, mode: str) ->
         print(f"{time.monotonic() - started:7.1f} s  {line}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="sapo-chaos-", ignore_cleanup_errors=True) as scratch:
-        base = Path(os.environ["SAPO_CACHE_DIR"])
         try:
-            outcome = asyncio.run(campaign(Path(scratch), strikes, seed=seed, base=base, fsync=section.fsync, say=say))
+            outcome = asyncio.run(campaign(Path(scratch), strikes, seed=seed, fsync=section.fsync, say=say))
         except ChaosFailure as failure:
             section.failures.append(f"seed {seed}: {str(failure).splitlines()[0]} (`{repeat}`)")
             print(f"{failure}\nthis repeats it: {repeat}", flush=True)

@@ -115,10 +115,10 @@ def full_plan(seed: int) -> list[Strike]:
 
 
 async def campaign(
-    directory: Path, strikes: Sequence[Strike], *, seed: int, base: Path, fsync: Fsync = "always",
+    directory: Path, strikes: Sequence[Strike], *, seed: int, fsync: Fsync = "always",
     say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:  # fmt: skip
-    """base: the warm-start cache, where the base policy lies afterwards. Raises ChaosFailure."""
+    """Raises ChaosFailure."""
     acks: list[SeenAck] = []
     books = _Books()
     endless = small_config(directory / "run", steps=ENDLESS)
@@ -132,7 +132,7 @@ async def campaign(
         await run.stop()
     await _finish(endless, fsync, acks, say)
     say("replaying the archive")
-    verdict = await examine(run.directory, endless.learner, acks, base)
+    verdict = await examine(run.directory, endless.learner, acks)
     say(verdict.described)
     return Outcome(struck, fsync, books.lost, verdict)
 

@@ -28,7 +28,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory, warm_starts: Path) -> Outc
         try:
             return asyncio.run(
                 campaign(
-                    tmp_path_factory.mktemp("chaos"), short_plan(SEED), seed=SEED, base=warm_starts,
+                    tmp_path_factory.mktemp("chaos"), short_plan(SEED), seed=SEED,
                     say=lambda line: print(line, file=sys.stderr, flush=True),
                 )
             )  # fmt: skip

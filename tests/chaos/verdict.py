@@ -17,9 +17,9 @@ from sapo_learner.config import LearnerSettings
 from sapo_learner.control import GROUP
 from sapo_learner.learner import Learner
 from sapo_learner.ledger import Ledger
-from sapo_learner.policy import load_policy
 from sapo_learner.snapshot import weights_digest
 from sapo_learner.train import Position, train
+from services.learner.base_policy import base_policy
 from services.replay import ArchivedLog
 from services.run_directory import audit_run, run_config
 from services.wire import decode
@@ -45,8 +45,8 @@ class Verdict:
         return "; ".join([f"{counts}, {len(self.skipped)} skipped", *self.problems])
 
 
-async def examine(directory: Path, begun_with: LearnerSettings, acks: Sequence[SeenAck], base: Path) -> Verdict:
-    """directory: of a finished run whose processes have ended. base: the cache that holds its base policy."""
+async def examine(directory: Path, begun_with: LearnerSettings, acks: Sequence[SeenAck]) -> Verdict:
+    """directory: of a finished run whose processes have ended."""
     config = run_config(directory)
     verdict = Verdict(steps=config.training.steps, draws=config.training.steps * config.training.groups_per_step)
     entries = await asyncio.to_thread(lambda: list(Archive(directory / "archive", None).entries()))
@@ -59,7 +59,7 @@ async def examine(directory: Path, begun_with: LearnerSettings, acks: Sequence[S
         verdict.problems.append(f"the newest checkpoint is of step {final.step}")
     if (final.cursor, final.chain) != (entries[-1].sequence, entries[-1].chain):
         verdict.problems.append(f"trained up to entry {final.cursor}, the archive ends at {entries[-1].id}")
-    replayed = await asyncio.to_thread(_replayed, directory, begun_with, base)
+    replayed = await asyncio.to_thread(_replayed, directory, begun_with)
     if replayed.ledger.to_dict() != final.ledger or replayed.chain != final.chain:
         verdict.problems.append("a replay of the archive consumes other entries than the run did")
     if replayed.digest != weights_digest(final.model):
@@ -110,13 +110,13 @@ class _Replay:
     ledger: Ledger
 
 
-def _replayed(directory: Path, begun_with: LearnerSettings, base: Path) -> _Replay:
+def _replayed(directory: Path, begun_with: LearnerSettings) -> _Replay:
     """The archive trained on from the base policy, in this process, uninterrupted."""
     config = run_config(directory)
-    (policy,) = (base / "warm-start").iterdir()
+    policy, _ = base_policy(config, lambda *_: None)
     position = Position()
     with _as_in_the_run(config.training.threads):
-        learner = Learner(load_policy(policy), begun_with, temperature=config.sampling.temperature)
+        learner = Learner(policy, begun_with, temperature=config.sampling.temperature)
         for _ in train(learner, ArchivedLog(directory / "archive"), position, decode=decode):
             pass
         return _Replay(weights_digest(learner.policy.tensors()), position.chain, position.ledger)
