@@ -5,37 +5,35 @@
 1. Memory. A control plane is fed with made-up steps, twenty a second, and a group a second, through its own HTTP API,
    for MINUTES; one tab of a real browser draws all of it, with a group open. JavaScript heap and resident memory of the
    tab's process after forced garbage collections, at a fifth of the time and at its end.
-2. Step time. A real run of `sapo up`; without a tab and beside twenty, in turn, three times. The browser runs on the
-   same machine, at nice 19 once its pages are open: what is measured is what it costs the run, not what drawing costs.
+2. Step time. A real run of `sapo up`; beside twenty tabs three times, before, between and after without one. Each time
+   counts against the mean of those around it, and the run does not learn: its own pace moves, too. The browser runs on
+   the same machine, where it may have the CPU when nobody else wants it: drawing is not what is measured.
 
 Writes benchmarks/results/dashboard.md; exits with 1 when a bar is missed. Needs chromium and playwright.
 """
 
 import argparse
 import asyncio
-import contextlib
 import json
 import math
 import os
 import secrets
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
-from playwright.async_api import Browser, BrowserContext, Page, ViewportSize, async_playwright
+from playwright.async_api import Page, ViewportSize
 
+from benchmarks.browser import chromium, hold_back, opened, renderers, resident
 from benchmarks.machine import machine
 from sapo_learner.diagnostics import LOG_RATIO_EDGES
 from sapo_learner.ledger import Ledger
@@ -52,12 +50,12 @@ STEPS_PER_SECOND, TABS, ALTERNATIONS = 20, 20, 3
 MOST_MEMORY, MOST_STEP_TIME = 1.2, 1.1
 LOOKS = 5  # of which the median counts
 SETTLE_SECONDS = 5.0  # after tabs have opened, or closed
-PATIENCE_MILLISECONDS = 300_000  # at nice 19 on a busy machine a browser takes its time
 MIB = 1 << 20
 ALL_IN_VIEW: ViewportSize = {"width": 1400, "height": 3600}  # every chart is drawn
 RUN = {key: value for key, value in SETTINGS.items() if key.startswith("policy.")} | {
     "run.name": "dashboard", "training.steps": 1_000_000, "training.groups_per_step": 16, "sampling.group_size": 8,
     "sampling.max_tokens": 12, "evaluation.every": 1 << 30, "evaluation.samples": 1, "evaluation.boundary_samples": 1,
+    "optimizer.learning_rate": 0,  # steps of one length
 }  # fmt: skip
 
 
@@ -67,44 +65,6 @@ class Memory:
 
     heap: float
     resident: float
-
-
-@asynccontextmanager
-async def chromium() -> AsyncIterator[Browser]:
-    path = shutil.which("chromium")
-    if path is None:
-        raise SystemExit("chromium is missing: apt-get install chromium")
-    async with async_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu"]
-        browser = await playwright.chromium.launch(executable_path=path, args=arguments, timeout=PATIENCE_MILLISECONDS)
-        try:
-            yield browser
-        finally:
-            for each in browser_processes():  # at nice 19 it would take its time to close
-                with contextlib.suppress(psutil.Error):
-                    each.kill()
-
-
-def browser_processes() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children(recursive=True) if "chrom" in each.name()]
-
-
-def hold_back() -> None:
-    """All of the browser at nice 19, every thread; and its session, for Linux weighs sessions against one another."""
-    for each in browser_processes():
-        with contextlib.suppress(psutil.Error, OSError):
-            for thread in each.threads():
-                os.setpriority(os.PRIO_PROCESS, thread.id, 19)
-            if os.getsid(each.pid) != os.getsid(0):
-                Path(f"/proc/{each.pid}/autogroup").write_text("19")
-
-
-async def opened(context: BrowserContext, address: str) -> Page:
-    page = await context.new_page()
-    page.set_default_timeout(PATIENCE_MILLISECONDS)
-    await page.goto(address)
-    await page.wait_for_selector("#connection.good")
-    return page
 
 
 # ---- memory of a tab
@@ -162,23 +122,6 @@ async def look(page: Page) -> Memory:
     return Memory(*(statistics.median(getattr(each, name) for each in found) for name in ("heap", "resident")))
 
 
-def renderers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    found = []
-    for each in children:
-        with contextlib.suppress(psutil.Error):
-            if "--type=renderer" in each.cmdline():
-                found.append(each)
-    return found
-
-
-def resident(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0
-
-
 async def memory(minutes: float) -> tuple[Memory, Memory, int]:
     """At a fifth of the time and at its end; and the steps until then."""
     with tempfile.TemporaryDirectory() as name, EmbeddedRedis(Path(name) / "redis") as redis:
@@ -210,8 +153,20 @@ def steps_since(directory: Path, when: float) -> tuple[int, float]:
     return len(ended), (ended[-1] - ended[0]) / (len(ended) - 1) if len(ended) > 1 else math.nan
 
 
-async def step_times(minutes: float) -> list[tuple[float, float]]:
-    """Seconds per step of each alternation, without a tab and beside TABS."""
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds per step. alone: before, between and after the windows of `beside`."""
+
+    alone: list[float]
+    beside: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        around = [statistics.mean(pair) for pair in pairwise(self.alone)]
+        return [beside / alone for beside, alone in zip(self.beside, around, strict=True)]
+
+
+async def step_times(minutes: float) -> StepTimes:
     window = minutes * 60 / (2 * ALTERNATIONS + 2)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "run"
@@ -222,7 +177,15 @@ async def step_times(minutes: float) -> list[tuple[float, float]]:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
         try:
             await until_training(directory, process)
-            return [await alternation(directory, window) for _ in range(ALTERNATIONS)]
+            times = StepTimes([await measured(directory, window)], [])
+            for _ in range(ALTERNATIONS):
+                times.beside.append(await beside_tabs(directory, window))
+                times.alone.append(await measured(directory, window))
+                print(
+                    f"seconds per step beside {TABS} tabs: {times.beside[-1]:.4f}; alone: {times.alone[-2:]}",
+                    flush=True,
+                )
+            return times
         finally:
             process.send_signal(signal.SIGINT)
             await asyncio.to_thread(process.wait, 90)
@@ -236,10 +199,9 @@ async def until_training(directory: Path, process: "subprocess.Popen[bytes]") ->
             await asyncio.sleep(1)
 
 
-async def alternation(directory: Path, window: float) -> tuple[float, float]:
+async def beside_tabs(directory: Path, window: float) -> float:
     services = live_services(directory)
     assert services is not None
-    alone = await measured(directory, window)
     async with chromium() as browser:
         for _ in range(TABS):  # each as in a browser of its own: one opens six connections to a server
             await opened(await browser.new_context(), page_address(services.control_plane_url, services.token))
@@ -247,8 +209,7 @@ async def alternation(directory: Path, window: float) -> tuple[float, float]:
         await asyncio.sleep(SETTLE_SECONDS)
         beside = await measured(directory, window)
     await asyncio.sleep(SETTLE_SECONDS)
-    print(f"seconds per step: {alone:.4f} without a tab, {beside:.4f} beside {TABS}", flush=True)
-    return alone, beside
+    return beside
 
 
 async def measured(directory: Path, window: float) -> float:
@@ -260,14 +221,15 @@ async def measured(directory: Path, window: float) -> float:
 # ---- report
 
 
-def report(
-    minutes: float, command: str, tab: tuple[Memory, Memory, int], times: list[tuple[float, float]]
-) -> tuple[str, bool]:
+def report(minutes: float, command: str, tab: tuple[Memory, Memory, int], times: StepTimes) -> tuple[str, bool]:
     early, late, steps = tab
     heap, size = late.heap / early.heap, late.resident / early.resident
-    slower = statistics.median(beside / alone for alone, beside in times)
+    slower = statistics.median(times.ratios)
     good = max(heap, size) <= MOST_MEMORY and slower <= MOST_STEP_TIME
-    rows = "\n".join(f"| {alone:.4f} | {beside:.4f} | {beside / alone:.3f} |" for alone, beside in times)
+    rows = "\n".join(
+        f"| {before:.4f} | {beside:.4f} | {after:.4f} | {ratio:.3f} |"
+        for (before, after), beside, ratio in zip(pairwise(times.alone), times.beside, times.ratios, strict=True)
+    )
     return (
         f"""# What the dashboard costs
 
@@ -295,10 +257,11 @@ def report(
 
 ## Time of a step
 
-A run of the built-in tiny policy, 16 groups of 8 responses; the browser on the same machine, at nice 19.
+A run of the built-in tiny policy, 16 groups of 8 responses, learning rate 0; the browser on the same machine, held
+back (SCHED_IDLE) once its pages are open.
 
-| seconds per step, no tab | beside {TABS} tabs | times |
-|---|---|---|
+| seconds per step, no tab | beside {TABS} tabs | then no tab | times the mean of the two |
+|---|---|---|---|
 {rows}
 """,
         good,

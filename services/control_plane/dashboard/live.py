@@ -14,7 +14,7 @@ from sapo_learner.errors import Unavailable
 from services.runtime.http import hang_up
 
 log = logging.getLogger(__name__)
-TICK_SECONDS = 1.0
+TICK_SECONDS = 2.0
 TABS = 200
 BUFFERED = 16  # messages that a tab may lie behind
 QUIET_SECONDS = 15.0  # after which a comment shows proxies and the tab that somebody is there

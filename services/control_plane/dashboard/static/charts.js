@@ -26,7 +26,7 @@ export class Chart {
     new IntersectionObserver(([entry]) => {
       this.visible = entry.isIntersecting;
       if (this.visible) this.draw();
-    }, { rootMargin: "200px" }).observe(figure);
+    }).observe(figure);
   }
 
   draw() {

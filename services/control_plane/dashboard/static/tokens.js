@@ -24,29 +24,42 @@ let chosen = "", shown = null, by = "weight";
 export function browser(store) {
   let said = "";
   return () => {
-    const key = `${store.groups.length} ${store.groups[0]?.entry} ${chosen}`;
+    const key = `${store.groups.length} ${store.groups[0]?.entry}`;
     if (key === said) return;
     said = key;
     list(store.groups);
   };
 }
 
+// Rows that are there already stay as they are, with the focus that one may have: making all of them anew was most of
+// what an open page cost.
 function list(groups) {
-  if (!groups.length) return of("group-rows").replaceChildren(empty());
-  const focused = document.activeElement?.dataset?.entry;
-  of("group-rows").replaceChildren(...groups.map((group) => {
-    const row = document.createElement("tr");
-    row.setAttribute("aria-selected", String(group.entry === chosen));
-    const button = text("button", group.entry);
-    button.dataset.entry = group.entry;
-    button.title = group.prompt;
-    row.addEventListener("click", () => choose(group.entry));  // the button's clicks, too
-    const name = document.createElement("td");
-    name.append(button);
-    row.append(text("td", String(group.step), "n"), name, taskOf(group), dots(group.rewards), text("td", number(group.weight_mean), "n"));
-    return row;
-  }));
-  if (focused) document.querySelector(`button[data-entry="${CSS.escape(focused)}"]`)?.focus();
+  const body = of("group-rows");
+  if (!groups.length) return body.replaceChildren(empty());
+  const entries = new Set(groups.map((group) => group.entry)), there = new Map();
+  for (const row of [...body.children]) {
+    if (entries.has(row.dataset.entry)) there.set(row.dataset.entry, row);
+    else row.remove();
+  }
+  let next = body.firstElementChild;
+  for (const group of groups) {
+    const row = there.get(group.entry) ?? rowOf(group);
+    if (row === next) next = next.nextElementSibling;
+    else body.insertBefore(row, next);
+  }
+}
+
+function rowOf(group) {
+  const row = document.createElement("tr");
+  row.dataset.entry = group.entry;
+  row.setAttribute("aria-selected", String(group.entry === chosen));
+  const button = text("button", group.entry);
+  button.title = group.prompt;
+  row.addEventListener("click", () => choose(group.entry));  // the button's clicks, too
+  const name = document.createElement("td");
+  name.append(button);
+  row.append(text("td", String(group.step), "n"), name, taskOf(group), dots(group.rewards), text("td", number(group.weight_mean), "n"));
+  return row;
 }
 
 function taskOf(group) {
@@ -77,8 +90,7 @@ function dots(rewards) {
 
 async function choose(entry) {
   chosen = entry;
-  for (const button of document.querySelectorAll("#group-rows button"))
-    button.closest("tr").setAttribute("aria-selected", String(button.dataset.entry === entry));
+  for (const row of of("group-rows").children) row.setAttribute("aria-selected", String(row.dataset.entry === entry));
   const answer = await fetch(`v1/groups/${encodeURIComponent(entry)}`).catch(() => null);
   if (entry !== chosen) return;
   if (!answer?.ok) {
