@@ -26,6 +26,8 @@ from services.runtime.settings import Environment, RunConfig
 from tests.recorded import ALPHABET
 from tests.small_run import TOKEN, free_address, run_config
 
+ANY_PORT = "127.0.0.1:0"
+
 
 def jsonl_run(directory: Path, prompts: int, answer: str, **sections: dict[str, Any]) -> RunConfig:
     """Prompts of the tiny policy's alphabet, all with one answer; everything is trained on, two are held out."""
@@ -44,6 +46,7 @@ def jsonl_run(directory: Path, prompts: int, answer: str, **sections: dict[str, 
 class System:
     config: RunConfig
     control: ControlPlaneClient
+    environment: Environment
     lifecycles: dict[str, Lifecycle] = field(default_factory=dict)
     tasks: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
 
@@ -57,6 +60,13 @@ class System:
                 await asyncio.sleep(0.05)
             await self.tasks["learner"]
         return status
+
+    def start(self, name: str, service: Any, /, *arguments: Any, **options: Any) -> None:
+        lifecycle = self.lifecycles[name] = Lifecycle()
+        self.tasks[name] = asyncio.create_task(service(lifecycle, *arguments, **options))
+
+    def start_worker(self, name: str) -> None:
+        self.start(name, serve_rollout, self.environment, name=name, http_listen=ANY_PORT)
 
     async def stop(self, name: str) -> None:
         self.lifecycles[name].stopping.set()
@@ -73,20 +83,14 @@ async def system(config: RunConfig, redis_url: str, *, workers: int = 1) -> Asyn
         token=SecretStr(TOKEN),
         patience_seconds=30,
     )
-    any_port, threads = "127.0.0.1:0", torch.get_num_threads()
+    threads = torch.get_num_threads()
     async with ControlPlaneClient(environment.control_plane_url, TOKEN, patience=30) as control:
-        running = System(config, control)
-
-        def start(name: str, service: Any, /, *arguments: Any, **options: Any) -> None:
-            lifecycle = running.lifecycles[name] = Lifecycle()
-            running.tasks[name] = asyncio.create_task(service(lifecycle, *arguments, **options))
-
-        start("control-plane", serve_control_plane, config, environment, listen=addresses["control-plane"])
-        start("ingest", serve_ingest, environment, listen=addresses["grpc"], http_listen=any_port)
-        start("learner", serve_learner, environment, http_listen=any_port)
+        running = System(config, control, environment)
+        running.start("control-plane", serve_control_plane, config, environment, listen=addresses["control-plane"])
+        running.start("ingest", serve_ingest, environment, listen=addresses["grpc"], http_listen=ANY_PORT)
+        running.start("learner", serve_learner, environment, http_listen=ANY_PORT)
         for index in range(workers):
-            name = f"rollout-{index}"
-            start(name, serve_rollout, environment, name=name, http_listen=any_port)
+            running.start_worker(f"rollout-{index}")
         try:
             yield running
         finally:

@@ -23,6 +23,7 @@ from services.rollout.responder import Responder
 from services.rollout.scoring import Scorer
 from services.rollout.sender import GroupSender
 from services.rollout.worker import Worker
+from services.runtime import api
 from services.runtime.client import ControlPlaneClient
 from services.runtime.http import probe_app, serving
 from services.runtime.lifecycle import Lifecycle
@@ -55,6 +56,8 @@ async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, ht
         ):
             config = await control.config()
             of_run(control.run)
+            # What a process of this name held that was killed is offered again now, not when its leases run out.
+            await control.release(api.ReleaseRequest(worker=name, leases=[], leaving=True))
             if config.engine.name == "vllm":
                 metrics.include("vllm:")
             torch.set_num_threads(config.engine.threads)

@@ -150,7 +150,8 @@ class ReleaseRequest(RequestBody):
     worker: WorkerName
     leases: list[LeaseProgress] = Field(max_length=MAX_LEASES)
     leaving: bool = False
-    """The worker goes: whatever else it holds is handed back, too, also what it was granted without hearing of it."""
+    """The worker goes, or begins anew: whatever else is held under its name is handed back, too, also what it was
+    granted without hearing of it."""
     probe_missed: bool = False
     """It goes because its engine computes a version otherwise than the learner."""
 

@@ -19,7 +19,7 @@ from services.rollout.service import FIRST_POLICY_TRIES, _first_policy, _scratch
 from services.runstore import EmbeddedRedis
 from services.runtime.lifecycle import Lifecycle
 from services.status_report import lines
-from tests.small_run import run_config
+from tests.small_run import lease_request, run_config
 from tests.system import jsonl_run, system
 
 
@@ -94,6 +94,21 @@ def test_a_second_worker_of_one_name_on_one_machine_is_refused_and_disturbs_nobo
         assert (first / "blob").read_text() == "weights"
     with _scratch("http://somewhere twin") as again:
         assert not list(again.iterdir())
+
+
+async def test_what_a_killed_worker_held_is_sampled_by_the_next_of_its_name_at_once(
+    tmp_path: Path, redis: EmbeddedRedis
+) -> None:
+    config = jsonl_run(tmp_path, 4, "1")
+    endless = {"lease_seconds": 3600, "max_lease_seconds": 3600}
+    config = config.model_copy(update={"pacing": config.pacing.model_copy(update=endless)})
+    async with system(config, redis.url, workers=0) as running:
+        held = 0
+        while not held:
+            held = len((await running.control.lease(lease_request("rollout-0", count=4, wait_seconds=1))).draws)
+        running.start_worker("rollout-0")
+        status = await running.finished()
+    assert status["accepted"] == config.training.steps * config.training.groups_per_step
 
 
 # ---- the probe, in the whole system
