@@ -46,7 +46,7 @@ demo-vllm: install-vllm  ## the demo with two real vLLM engines, on this machine
 
 test: install  ## run the tests, two files at a time
 	@# Not reordered by the number of tests: files with few of them, which start the whole stack, would come last.
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 test-vllm: install-vllm  ## run the tests that need vLLM
 	$(BIN_VLLM)/pytest -m vllm
