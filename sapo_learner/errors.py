@@ -8,7 +8,8 @@
     ├── Mismatch                    6  FAILED_PRECONDITION / 409   digests, tokenizer or model differ from the run's
     ├── Fenced                      7  ABORTED / 409               a newer writer holds the token
     ├── Unavailable                 8  UNAVAILABLE / 503           a peer cannot be reached or is not ready yet
-    └── Corrupt                     9  DATA_LOSS / 500             a file or a log that does not check out
+    ├── Corrupt                     9  DATA_LOSS / 500             a file or a log that does not check out
+    └── Forbidden                  10  PERMISSION_DENIED / 403     a token whose role does not allow this
 
 Add a class only when a caller must treat it differently. Its docstring is what `sapo --help` says of its exit code.
 The message says what is wrong, where, and what to do.
@@ -73,3 +74,9 @@ class Corrupt(SapoError):
     """a file or the log does not check out"""
 
     code, http_status, exit_code = "DATA_LOSS", 500, 9
+
+
+class Forbidden(SapoError):
+    """the token's role does not allow this"""
+
+    code, http_status, exit_code = "PERMISSION_DENIED", 403, 10

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from services.runtime.auth import page_address
+from services.runtime.auth import Tokens, page_address
 from services.serve import PLAIN_HELP
 
 app = typer.Typer(**PLAIN_HELP)
@@ -57,8 +57,8 @@ async def serve_stopped(lifecycle: Any, run: Path, listen: str) -> None:
         return view | {"time": time.time()}
 
     page = probe_app(lifecycle, CollectorRegistry())
-    page.add_middleware(Door, token=token)
-    add_dashboard(page, token, history, KeptGroups(run / "groups"), look, lifecycle.stopping.is_set)
+    page.add_middleware(Door, tokens=Tokens.one(token))
+    add_dashboard(page, Tokens.one(token), history, KeptGroups(run / "groups"), look, lifecycle.stopping.is_set)
     async with serving(page, listen) as url:
         lifecycle.ready()
         typer.echo(f"{page_address(url, token)}\nserving until Ctrl-C")

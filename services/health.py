@@ -13,9 +13,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sapo_learner.errors import NotFound, SapoError, Unavailable
 from services.run_directory import LocalServices, is_url, live_services, require_url, run_config
+from services.runtime.auth import Credential
 from services.runtime.client import ControlPlaneClient
 from services.runtime.http import parse_address
 from services.runtime.settings import Environment
+from services.runtime.tls import SCHEME, meaning_for_client
 
 PROBE_SECONDS, PATIENCE_SECONDS = 2.0, 3.0
 Question = Callable[[ControlPlaneClient], Awaitable[dict[str, Any]]]
@@ -29,14 +31,15 @@ async def waiting_for(address: str, timeout: float) -> list[str]:
 async def _http(address: str, timeout: float) -> list[str]:
     require_url(address)
     try:
-        async with httpx.AsyncClient(timeout=timeout) as client:
+        verify = Environment().tls.client_context()() if address.startswith(SCHEME) else True
+        async with httpx.AsyncClient(timeout=timeout, verify=verify) as client:
             response = await client.get(f"{address.rstrip('/')}/readyz")
             body = response.json()
             ready, waits = bool(body["ready"]), [str(each) for each in body["waiting_for"]]
     except httpx.HTTPError as error:
-        raise Unavailable(
-            f"no answer: {error or type(error).__name__}", where=address, fix="is it running there?"
-        ) from None
+        said = str(error) or type(error).__name__
+        what, fix = meaning_for_client(said) or (said, "is it running there?")
+        raise Unavailable(f"no answer: {what}", where=address, fix=fix) from None
     except (ValueError, KeyError, TypeError):
         raise Unavailable(
             f"HTTP {response.status_code}, but no answer of a service of ours", where=address, fix="is it the address?"
@@ -85,16 +88,16 @@ async def ask(run: str, question: Question) -> dict[str, Any]:
     """Put a question to a run's control plane, found by its directory or URL."""
     if is_url(run):
         require_url(run)
-        url, token = run, Environment().require("token")
+        url, token = run, Environment().credential()
     else:
         if not Path(run).exists() and re.fullmatch(r"[\w.-]+:\d+", run):
             raise NotFound(
                 "no such directory", where=run, fix=f"a control plane's URL begins with http://: http://{run}"
             )
         services = _services_of(Path(run))
-        url, token = services.control_plane_url, services.token
+        url, token = services.control_plane_url, Credential(services.token)
     try:
-        async with ControlPlaneClient(url, token, patience=PATIENCE_SECONDS) as control:
+        async with ControlPlaneClient(url, token, tls=Environment().tls, patience=PATIENCE_SECONDS) as control:
             answer = await question(control)
     except (ValueError, TypeError):
         answer = None

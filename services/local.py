@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from sapo_learner.errors import ConfigError, Mismatch, SapoError, Unauthenticated, Unavailable
+from sapo_learner.errors import ConfigError, Forbidden, Mismatch, SapoError, Unauthenticated, Unavailable
 from services.local_child import DEATHS, Child
 from services.printable import printable
 from services.process_logs import ProcessLogs
@@ -29,6 +29,7 @@ from services.run_directory import LocalServices, forget_services, live_services
 from services.runstore import EmbeddedRedis
 from services.runtime.auth import page_address
 from services.runtime.client import ControlPlaneClient
+from services.runtime.environment import OF_A_DEPLOYMENT
 from services.runtime.processes import die_with_parent, exit_reason
 from services.runtime.run_identity import identity
 from services.runtime.settings import RunConfig, dump_config
@@ -36,7 +37,7 @@ from services.runtime.settings import RunConfig, dump_config
 log = logging.getLogger(__name__)
 
 VLLM_START_SECONDS = 60.0  # which a worker needs before it can die of anything
-HOPELESS = (ConfigError.exit_code, Unauthenticated.exit_code, Mismatch.exit_code)
+HOPELESS = tuple(each.exit_code for each in (ConfigError, Unauthenticated, Forbidden, Mismatch))
 LAST_LINES = 12
 LITTLE_BYTES = 64 << 20  # of a disk that may have been full a moment ago
 REQUESTED_CONFIG = "requested.yaml"  # the control plane makes it run.yaml once it has found it fit
@@ -138,7 +139,7 @@ class LocalRun:
         gpus = self.config.local.visible_gpus(process)
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
         return (
-            os.environ
+            {name: value for name, value in os.environ.items() if name not in OF_A_DEPLOYMENT}
             | visible
             | {
                 "SAPO_CONTROL_PLANE_URL": self.control.url,

@@ -237,7 +237,10 @@ async def _published_policy(url: str, step: int | None) -> tuple["Policy", RunCo
     from sapo_learner.policy import load_policy, load_weights
     from sapo_learner.snapshot import read_snapshot
 
-    async with ControlPlaneClient(url, Environment().require("token"), patience=PATIENCE_SECONDS) as control:
+    environment = Environment()
+    async with ControlPlaneClient(
+        url, environment.credential(), tls=environment.tls, patience=PATIENCE_SECONDS
+    ) as control:
         config = await control.config()
         version = None
         if step is not None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,8 +39,11 @@ def serve_control_plane(
     config: ConfigFile,
     overrides: Set = [],  # noqa: B006
     listen: Annotated[str, typer.Option(metavar="HOST:PORT")] = "127.0.0.1:8080",
+    http_listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Probes and metrics also here, never under TLS.")
+    ] = "",
 ) -> None:
-    """The service that owns the run. Needs SAPO_REDIS_URL and SAPO_TOKEN.
+    """The service that owns the run. Needs SAPO_REDIS_URL, and SAPO_TOKEN or SAPO_TOKENS_FILE.
 
     \b
     Examples:
@@ -51,13 +55,16 @@ def serve_control_plane(
     given = load_config(config, overrides)
     resolved = hub.pinned(given)
     hub.remember(resolved, given.policy)
-    _serve("control-plane", lambda life: serve(life, resolved, Environment(), listen=listen))
+    _serve("control-plane", lambda life: serve(life, resolved, Environment(), listen=listen, http_listen=http_listen))
 
 
 @app.command("ingest")
 def serve_ingest(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="gRPC.")] = "127.0.0.1:8081",
     http_listen: HttpListen = ANY_PORT,
+    health_listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="gRPC health also here, never under TLS.")
+    ] = "",
 ) -> None:
     """The gRPC door of the log. Needs SAPO_CONTROL_PLANE_URL, SAPO_REDIS_URL and SAPO_TOKEN.
 
@@ -67,7 +74,8 @@ def serve_ingest(
     """
     from services.ingest.service import serve
 
-    _serve("ingest", lambda life: serve(life, Environment(), listen=listen, http_listen=http_listen))
+    begin = partial(serve, listen=listen, http_listen=http_listen, health_listen=health_listen)
+    _serve("ingest", lambda life: begin(life, Environment()))
 
 
 @app.command("learner")

@@ -27,6 +27,7 @@ from services.control_plane.plane import ControlPlane
 from services.control_plane.routes import add_routes
 from services.runstore import RunStore
 from services.runtime import api
+from services.runtime.auth import Tokens
 from services.runtime.client import ControlPlaneClient
 from services.runtime.http import probe_app, serving
 from services.runtime.lifecycle import Lifecycle
@@ -78,7 +79,7 @@ async def control_plane(config: RunConfig, redis_url: str) -> AsyncIterator[Runn
     async with await RunStore.connect(redis_url, config.run.name) as store:
         plane = ControlPlane(config, store, await store.acquire_token("control-plane"), metrics)
         await plane.open()
-        add_routes(app, plane, TOKEN)
+        add_routes(app, plane, Tokens.one(TOKEN))
         try:
             async with (
                 serving(app, "127.0.0.1:0") as url,

@@ -1,4 +1,4 @@
-"""The HTTP API under /v1: thin routes over ControlPlane. Every one wants the run's token."""
+"""The HTTP API under /v1: thin routes over ControlPlane. services/runtime/roles.py says who may."""
 
 from collections.abc import AsyncIterator
 from functools import partial
@@ -12,18 +12,19 @@ from services.control_plane.dashboard.look import look
 from services.control_plane.dashboard.routes import add_dashboard
 from services.control_plane.plane import ControlPlane
 from services.runtime import api
+from services.runtime.auth import Tokens
 from services.runtime.http import Door
 
 
-def add_routes(app: FastAPI, plane: ControlPlane, token: str, run: str = "") -> None:
+def add_routes(app: FastAPI, plane: ControlPlane, tokens: Tokens, run: str = "") -> None:
     """run: what every process calls the run in its log; "" where that is not known."""
-    app.add_middleware(Door, token=token)
+    app.add_middleware(Door, tokens=tokens)
     router = APIRouter(prefix="/v1")
     _run(router, plane, run)
     _work(router, plane)
     _snapshots(router, plane)
     app.include_router(router)
-    add_dashboard(app, token, plane.history, plane.groups, partial(look, plane), lambda: plane.closing)
+    add_dashboard(app, tokens, plane.history, plane.groups, partial(look, plane), lambda: plane.closing)
 
 
 def _run(router: APIRouter, plane: ControlPlane, run: str) -> None:

@@ -1,25 +1,26 @@
 """`sapo serve ingest`: the gRPC server around IngestServicer, with health, token check and probes."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from protos.sapo.v1 import ingest_pb2, ingest_pb2_grpc
 from sapo_learner.errors import ConfigError, SapoError
+from services.ingest.interceptor import TokenInterceptor
 from services.ingest.servicer import IngestServicer
 from services.runstore import RunStore
-from services.runtime.auth import check_bearer
+from services.runtime.auth import Tokens
 from services.runtime.client import ControlPlaneClient
-from services.runtime.grpc_errors import abort
 from services.runtime.http import probe_app, refuse_taken, serving
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.logging import of_run
 from services.runtime.metrics import IngestMetrics
 from services.runtime.settings import Environment
+from services.runtime.tls import Tls
 from services.wire import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
@@ -28,63 +29,70 @@ DRAIN_SECONDS = 5.0
 WATCH_SECONDS = 2.0  # between two looks at Redis, and the time limit of each
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses calls without the run's token, the health service excepted."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        given = str(dict(details.invocation_metadata or ()).get("authorization", "")).encode()
-        refusal = check_bearer(given, self._token)
-        if refusal is None or details.method.startswith("/grpc.health."):
-            return await continuation(details)
-
-        async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
-            await abort(context, refusal)
-
-        return grpc.stream_stream_rpc_method_handler(refuse)
-
-
 async def serve(
     lifecycle: Lifecycle,
     environment: Environment,
     *,
     listen: str,
     http_listen: str,
+    health_listen: str = "",
     announce: Callable[[str], None] = print,
     watch_seconds: float = WATCH_SECONDS,
 ) -> None:
-    """listen: gRPC HOST:PORT. http_listen: probes and metrics. announce: told the gRPC address that was taken."""
-    url, redis_url, token = (environment.require(name) for name in ("control_plane_url", "redis_url", "token"))
+    """listen: gRPC HOST:PORT. http_listen: probes and metrics. health_listen: gRPC health alone, without TLS.
+
+    announce: told the gRPC address that was taken.
+    """
+    url, redis_url = (environment.require(name) for name in ("control_plane_url", "redis_url"))
+    token, tokens, tls = environment.credential(), environment.tokens(), environment.tls
     await asyncio.to_thread(refuse_taken, listen)
     metrics, patience = IngestMetrics(), environment.patience_seconds
     async with serving(probe_app(lifecycle, metrics.registry), http_listen):
         async with ControlPlaneClient(
-            url, token, patience=patience, waiting=lifecycle.peer("control plane")
+            url, token, tls=tls, patience=patience, waiting=lifecycle.peer("control plane")
         ) as control:
             config = await control.config()
             of_run(control.run)
         async with await RunStore.connect(
             redis_url, config.run.name, patience=patience, waiting=lifecycle.peer("Redis")
         ) as store:
-            server, probe = _server(token, IngestServicer(config, store, metrics))
-            address = await _started(server, listen)
+            server, probe = _server(tokens, IngestServicer(config, store, metrics))
+            address = await _started(server, listen, tls)
             log.info("ingest of run %r on %s", config.run.name, address)
             announce(address)
             lifecycle.ready()
-            await _watch(lifecycle, store, probe, watch_seconds)
+            async with _plain_health(probe, health_listen):
+                await _watch(lifecycle, store, probe, watch_seconds)
             await probe.enter_graceful_shutdown()
             await asyncio.shield(server.stop(grace=DRAIN_SECONDS))
 
 
-async def _started(server: grpc.aio.Server, listen: str) -> str:
+async def _started(server: grpc.aio.Server, listen: str, tls: Tls) -> str:
     try:
-        port = server.add_insecure_port(listen)
+        if tls.serves:
+            port = server.add_secure_port(listen, tls.server_credentials())
+        else:
+            port = server.add_insecure_port(listen)
     except RuntimeError as error:
         raise ConfigError(f"cannot listen: {error}", where=listen, fix="choose another --listen address") from None
     await server.start()
     return f"{listen.rpartition(':')[0]}:{port}"
+
+
+@contextlib.asynccontextmanager
+async def _plain_health(probe: health.aio.HealthServicer, listen: str) -> AsyncIterator[None]:
+    """The health service on a port of its own, for probes that speak no TLS. listen: "" for none."""
+    if not listen:
+        yield
+        return
+    await asyncio.to_thread(refuse_taken, listen)
+    server = grpc.aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(probe, server)
+    await _started(server, listen, Tls())
+    try:
+        yield
+    finally:
+        await server.stop(grace=0)
 
 
 async def _watch(lifecycle: Lifecycle, store: RunStore, probe: health.aio.HealthServicer, seconds: float) -> None:
@@ -105,7 +113,7 @@ async def _watch(lifecycle: Lifecycle, store: RunStore, probe: health.aio.Health
 
 
 def _server(
-    token: str, servicer: IngestServicer, *, max_message_bytes: int = MAX_MESSAGE_BYTES
+    tokens: Tokens, servicer: IngestServicer, *, max_message_bytes: int = MAX_MESSAGE_BYTES
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     options = [
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -115,7 +123,7 @@ def _server(
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
-    server = grpc.aio.server(interceptors=[TokenInterceptor(token)], options=options)
+    server = grpc.aio.server(interceptors=[TokenInterceptor(tokens)], options=options)
     ingest_pb2_grpc.add_TrajectoryIngestServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     probe = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(probe, server)

@@ -44,11 +44,12 @@ async def serve(
     lifecycle: Lifecycle, environment: Environment, *, http_listen: str, from_step: int | None = None
 ) -> None:
     """from_step: go on from the checkpoint of that step instead of the newest."""
-    url, redis_url, token = (environment.require(name) for name in ("control_plane_url", "redis_url", "token"))
+    url, redis_url = (environment.require(name) for name in ("control_plane_url", "redis_url"))
+    token, tls = environment.credential(), environment.tls
     metrics, patience = LearnerMetrics(), environment.patience_seconds
     async with (
         serving(probe_app(lifecycle, metrics.registry), http_listen),
-        ControlPlaneClient(url, token, patience=patience, waiting=lifecycle.peer("control plane")) as control,
+        ControlPlaneClient(url, token, tls=tls, patience=patience, waiting=lifecycle.peer("control plane")) as control,
     ):
         config = await control.config()
         of_run(control.run)

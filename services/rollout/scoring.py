@@ -22,6 +22,7 @@ import numpy as np
 import pebble
 
 from sapo_learner.errors import ConfigError, SapoError
+from services.runtime.environment import SECRET
 from services.runtime.metric_definitions import FAILED
 from services.runtime.metrics import RolloutMetrics
 from services.runtime.processes import end_group_with_me, exit_reason
@@ -205,7 +206,7 @@ def _prepare(settings: list[TaskSettings], memory_gib: float | None, parent: int
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python waits for whoever holds the interpreter
     os.setsid()
     end_group_with_me()  # what a score has started and not waited for
-    for name in ("SAPO_TOKEN", "SAPO_REDIS_URL"):
+    for name in SECRET:
         os.environ.pop(name, None)
     if memory_gib:
         size = int(memory_gib * (1 << 30))

@@ -15,14 +15,16 @@ from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from protos.sapo.v1 import trajectory_pb2
 from sapo_learner import errors
 from sapo_learner.trajectory import TrajectoryGroup
+from services.runtime.auth import Credential
 from services.runtime.grpc_errors import answered, from_rpc
+from services.runtime.tls import Tls
 from services.wire import MAX_MESSAGE_BYTES, to_message
 
 log = logging.getLogger(__name__)
 Key = tuple[int, int]  # draw, attempt
 _RETRIED = (pb.Ack.STATUS_FULL, pb.Ack.STATUS_NOT_READY)
 # The worker itself is what is wrong: connecting again cannot help.
-_FATAL = (errors.Unauthenticated, errors.Mismatch, errors.InvalidTrajectory, errors.ConfigError)
+_FATAL = (errors.Unauthenticated, errors.Forbidden, errors.Mismatch, errors.InvalidTrajectory, errors.ConfigError)
 _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
@@ -49,9 +51,10 @@ class GroupSender:
     def __init__(
         self,
         address: str,
-        token: str,
+        token: str | Credential,
         hello: pb.Hello,
         *,
+        tls: Tls | None = None,
         answer_seconds: float = 60.0,
         patience: float = 600.0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -63,7 +66,8 @@ class GroupSender:
         self._address, self._hello = address, hello
         self._answer_seconds, self._patience, self._max_bytes = answer_seconds, patience, max_message_bytes
         self._unreached: float | None = None  # since when nothing has come from ingest; None: it answers
-        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._credential = Credential(token) if isinstance(token, str) else token
+        self._tls = tls or Tls()
         self._pending: dict[Key, _Pending] = {}  # in the order they were sent first
         self._stream = _Stream()
         self.credits = 0
@@ -116,6 +120,9 @@ class GroupSender:
     def _judged(self, failure: grpc.aio.AioRpcError) -> str:
         """Raises what is for good; else says why the stream ended."""
         error = from_rpc(failure, where=f"ingest {self._address}")
+        if isinstance(error, errors.Unauthenticated) and self._credential.refused():
+            self._unreached = None  # ingest is there
+            return str(error)
         if isinstance(error, _FATAL):
             raise error from None
         if answered(failure) is None:
@@ -136,15 +143,17 @@ class GroupSender:
 
     async def _answers(self) -> AsyncIterator[None]:
         """One connection; yields after every message from ingest."""
-        async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
+        async with self._tls.channel(self._address, _OPTIONS) as channel:
             stub = pb_grpc.TrajectoryIngestServiceStub(channel)  # type: ignore[no-untyped-call]
             stream = self._stream = _Stream()
             for key in self._pending:
                 stream.outbox.put_nowait(key)
-            call = stub.StreamTrajectoryGroups(self._requests(stream), metadata=self._metadata)
+            metadata = (("authorization", self._credential.header),)
+            call = stub.StreamTrajectoryGroups(self._requests(stream), metadata=metadata)
             try:
                 while (response := await self._read(call, stream)) is not grpc.aio.EOF:
                     self._take(response, stream)
+                    self._credential.accepted()
                     yield
             finally:
                 call.cancel()

@@ -47,12 +47,15 @@ class _Parts:
 
 
 async def serve(lifecycle: Lifecycle, environment: Environment, *, name: str, http_listen: str) -> None:
-    url, _, token = (environment.require(name) for name in ("control_plane_url", "ingest_address", "token"))
+    url, _ = (environment.require(name) for name in ("control_plane_url", "ingest_address"))
+    token, tls = environment.credential(), environment.tls
     metrics, patience = RolloutMetrics(), environment.patience_seconds
     with _scratch(f"{url} {name}") as scratch:
         async with (
             serving(probe_app(lifecycle, metrics.registry), http_listen),
-            ControlPlaneClient(url, token, patience=patience, waiting=lifecycle.peer("control plane")) as control,
+            ControlPlaneClient(
+                url, token, tls=tls, patience=patience, waiting=lifecycle.peer("control plane")
+            ) as control,
         ):
             config = await control.config()
             of_run(control.run)
@@ -120,8 +123,8 @@ async def _work(
             schema_version=SCHEMA_VERSION,
         )  # fmt: skip
         sender = GroupSender(
-            environment.require("ingest_address"), environment.require("token"), hello,
-            patience=environment.patience_seconds,
+            environment.require("ingest_address"), environment.credential(), hello,
+            tls=environment.tls, patience=environment.patience_seconds,
         )  # fmt: skip
         parts.metrics.credits.set_function(lambda: sender.credits)
         parts.metrics.unacknowledged.set_function(lambda: sender.unacknowledged)

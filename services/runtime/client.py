@@ -9,13 +9,15 @@ from typing import Any, TypeVar
 import httpx
 from httpx_sse import aconnect_sse
 from pydantic import BaseModel
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from sapo_learner import errors
 from sapo_learner.manifest import Blob, Manifest
 from services.runtime import api
+from services.runtime.auth import Credential
 from services.runtime.error_parts import from_parts
 from services.runtime.settings import RunConfig
+from services.runtime.tls import SCHEME, Tls, meaning_for_client
 
 Body = TypeVar("Body", bound=BaseModel)
 CHUNK = 1 << 20
@@ -33,8 +35,9 @@ class ControlPlaneClient:
     def __init__(
         self,
         url: str,
-        token: str,
+        token: str | Credential,
         *,
+        tls: Tls | None = None,
         patience: float = 60.0,
         answer_seconds: float = 30.0,
         waiting: Callable[[str | None], None] = lambda _: None,
@@ -42,9 +45,20 @@ class ControlPlaneClient:
         self.url, self.patience, self._waiting = url.rstrip("/"), patience, waiting
         self.run = ""  # its name and its directory's id, once `config` was answered
         self._answer_seconds = min(answer_seconds, patience / 2)  # so that one is tried again
+        self._credential = Credential(token) if isinstance(token, str) else token
+        self._context = (tls or Tls()).client_context() if self.url.startswith(SCHEME) else None
         self._http = httpx.AsyncClient(
-            base_url=self.url, headers={"Authorization": f"Bearer {token}"}, timeout=self._timeout()
+            base_url=self.url,
+            auth=self._authorized,
+            timeout=self._timeout(),
+            verify=self._context() if self._context else True,
         )
+
+    def _authorized(self, request: httpx.Request) -> httpx.Request:
+        if self._context:
+            self._context()  # its files may have been exchanged
+        request.headers["Authorization"] = self._credential.header
+        return request
 
     def _timeout(self, answer_seconds: float | None = None) -> httpx.Timeout:
         return httpx.Timeout(answer_seconds or self._answer_seconds, connect=min(CONNECT_SECONDS, self._answer_seconds))
@@ -173,33 +187,46 @@ class ControlPlaneClient:
                 response = await self._http.request(method, path, timeout=timeout, **options)
                 if response.status_code >= 400 and response.status_code not in accept:
                     raise _error(response)
+                self._credential.accepted()
                 self._waiting(None)
         self.run = response.headers.get(api.RUN_HEADER, self.run)
         return response
+
+    def _may_pass(self, error: BaseException) -> bool:
+        if isinstance(error, errors.Unauthenticated):
+            return self._credential.refused()
+        return isinstance(error, httpx.TransportError | errors.Unavailable)
 
     def _retrying(self) -> AsyncRetrying:
         def gave_up(state: RetryCallState) -> Any:
             cause = state.outcome.exception() if state.outcome else None
             if isinstance(cause, errors.SapoError):
                 raise cause
+            what, fix = _explained(cause)
             raise errors.Unavailable(
-                f"the control plane cannot be reached, tried for {self.patience:g} s: {_detail(cause)}",
-                where=self.url,
-                fix="is it running, and is SAPO_CONTROL_PLANE_URL its address?",
+                f"the control plane cannot be reached, tried for {self.patience:g} s: {what}", where=self.url, fix=fix
             ) from cause
 
         def failed(state: RetryCallState) -> None:
             cause = state.outcome.exception() if state.outcome else None
-            what = cause.what if isinstance(cause, errors.SapoError) else _detail(cause)
+            what = cause.what if isinstance(cause, errors.SapoError) else _explained(cause)[0]
             self._waiting(f"the control plane at {self.url}: {what}")
 
         return AsyncRetrying(
-            retry=retry_if_exception_type((httpx.TransportError, errors.Unavailable)),
+            retry=retry_if_exception(self._may_pass),
             wait=wait_random_exponential(multiplier=0.1, max=3),
             stop=stop_after_delay(self.patience),
             before_sleep=failed,
             retry_error_callback=gave_up,
         )
+
+
+def _explained(error: BaseException | None) -> tuple[str, str]:
+    """What keeps the control plane from being reached, and what to do."""
+    said = _detail(error)
+    if found := meaning_for_client(said):
+        return f"{found[0]} [{said}]", found[1]
+    return said, "is it running, and is SAPO_CONTROL_PLANE_URL its address?"
 
 
 def _detail(error: BaseException | None) -> str:

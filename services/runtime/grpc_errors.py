@@ -8,6 +8,7 @@ import grpc
 from sapo_learner import errors
 from sapo_learner.errors import SapoError
 from services.runtime.error_parts import from_parts, to_parts
+from services.runtime.tls import meaning_for_client
 
 METADATA_KEY = "sapo-error-bin"
 _PART_BYTES = 800  # a peer takes 8 KiB of metadata: three parts, and the sentence percent-encoded
@@ -18,7 +19,7 @@ _PLAIN: dict[grpc.StatusCode, tuple[type[SapoError], str]] = {
     grpc.StatusCode.CANCELLED: (errors.Unavailable, "try again"),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Unavailable, "try again"),
     grpc.StatusCode.UNAUTHENTICATED: (errors.Unauthenticated, "set SAPO_TOKEN to the run's"),
-    grpc.StatusCode.PERMISSION_DENIED: (errors.Unauthenticated, "set SAPO_TOKEN to the run's"),
+    grpc.StatusCode.PERMISSION_DENIED: (errors.Forbidden, "use a token of another role"),
     grpc.StatusCode.INVALID_ARGUMENT: (errors.InvalidTrajectory, "run both ends at the same version"),
     grpc.StatusCode.UNIMPLEMENTED: (
         errors.Mismatch,
@@ -58,6 +59,8 @@ def from_rpc(error: grpc.aio.AioRpcError, *, where: str) -> SapoError:
         # Sending it again cannot help.
         return errors.InvalidTrajectory(details, where=where, fix="lower sampling.max_tokens or sampling.group_size")
     kind, fix = _PLAIN.get(code, (SapoError, "see its log"))
+    if code is grpc.StatusCode.UNAVAILABLE and (found := meaning_for_client(details)):
+        return kind(f"{found[0]}: {found[1]} [{details}]", where=where, fix=fix)
     return kind(details, where=where, fix=fix)
 
 

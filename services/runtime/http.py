@@ -19,9 +19,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sapo_learner.errors import ConfigError, NotFound, SapoError, Unauthenticated, Unavailable
-from services.runtime.auth import check_bearer, check_cookie
+from services.runtime import roles
+from services.runtime.auth import Tokens, wrong_token
 from services.runtime.error_parts import to_parts
 from services.runtime.lifecycle import Lifecycle
+from services.runtime.refusals import Refusals
+from services.runtime.roles import Role
+from services.runtime.tls import Tls
+from services.runtime.tls_handshake import under_tls
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
@@ -112,16 +117,16 @@ def _place(request: Request) -> str:
 
 
 class Door:
-    """ASGI middleware before everything under /v1: the token first, compared in constant time, then the body's size.
+    """ASGI middleware before everything under /v1: the token first, then its role, then the body's size.
 
-    A browser that has logged in has a cookie in the token's place. It opens what only reads: so no other site can make
-    the browser change anything.
+    A browser that has logged in has a cookie in the token's place. It opens what a viewer may read, whoever has logged
+    in: so no other site can make the browser change anything.
 
     Before routing, because FastAPI reads and parses a body before it looks at a route's dependencies.
     """
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._token = app, token
+    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+        self._app, self._tokens, self._refusals = app, tokens, Refusals("HTTP")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"].startswith("/v1") else None
@@ -129,9 +134,9 @@ class Door:
 
     def _refusal(self, scope: Scope) -> SapoError | None:
         headers = dict(scope["headers"])
-        refused = check_bearer(headers.get(b"authorization", b""), self._token)
-        reads = scope["method"] in ("GET", "HEAD")
-        if refused is not None and not (reads and check_cookie(headers.get(b"cookie", b""), self._token)):
+        refused = self._refused(scope["method"], scope["path"], headers)
+        if refused is not None:
+            self._refusals.note(str((scope["client"] or ["somewhere"])[0]), str(refused)[:200])
             return refused
         if scope["method"] == "PUT":  # blobs go to a file as they come
             return None
@@ -139,6 +144,12 @@ class Door:
         if b"transfer-encoding" in headers or not length.isdigit() or int(length) > MAX_BODY_BYTES:
             return ConfigError(f"bodies state a length of at most {MAX_BODY_BYTES} bytes", where=scope["path"])
         return None
+
+    def _refused(self, method: str, path: str, headers: dict[bytes, bytes]) -> SapoError | None:
+        role = self._tokens.role(headers.get(b"authorization", b""))
+        if role is None and method in ("GET", "HEAD") and self._tokens.has_cookie(headers.get(b"cookie", b"")):
+            role = Role.VIEWER
+        return wrong_token() if role is None else roles.refusal(role, roles.of_route(method, path), f"{method} {path}")
 
 
 def _unstalled(receive: Receive) -> Receive:
@@ -220,11 +231,18 @@ class Front:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: ASGIApp, address: str) -> AsyncIterator[str]:
-    """Serve `app` while the block runs; yields the URL with the port that was really taken."""
+async def serving(app: ASGIApp, address: str, tls: Tls | None = None) -> AsyncIterator[str]:
+    """Serve `app` while the block runs, maybe under TLS; yields the URL with the port that was really taken."""
+    secure = tls is not None and tls.serves
+    protocol: Any = under_tls(_Protocol, tls.server_contexts(), Refusals("HTTP")) if tls and secure else _Protocol
     listener = await asyncio.to_thread(_bind, address)
     config = uvicorn.Config(
-        app, http=_Protocol, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
+        app,
+        http=protocol,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=2,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -234,7 +252,7 @@ async def serving(app: ASGIApp, address: str) -> AsyncIterator[str]:
                 await task
                 raise Unavailable("the HTTP server ended while it started", where=address)
             await asyncio.sleep(0.005)
-        yield f"http://{address.rpartition(':')[0]}:{listener.getsockname()[1]}"
+        yield f"{'https' if secure else 'http'}://{address.rpartition(':')[0]}:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         await task

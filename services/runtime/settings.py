@@ -1,4 +1,4 @@
-"""run.yaml as one model, and the environment that says where services are.
+"""run.yaml as one model. `Environment`, which says where services are, is asked for here, too.
 
 The file describes the run and is given to the control plane alone; every other service asks it there, so nothing can
 disagree. Addresses and the token come from the environment, never from the file.
@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, model_validator
 from yaml import YAMLError
 
 from sapo_learner.config import (
@@ -28,6 +27,7 @@ from sapo_learner.config import (
 from sapo_learner.errors import ConfigError
 from services.record_writers import RecordSettings
 from services.runtime.engine_settings import EngineSettings
+from services.runtime.environment import Environment as Environment
 from services.runtime.evaluation_settings import EvaluationSettings
 from services.runtime.local_settings import LocalSettings
 from services.runtime.sampling_settings import ChatSettings, SamplingSettings, ScoringSettings
@@ -193,35 +193,6 @@ class RunConfig(LearnerSettings):
                 "wait for a policy that training cannot reach; raise lookahead (max_policy_age), or publish more often"
             )
         return self
-
-
-class Environment(BaseSettings):
-    """SAPO_CONTROL_PLANE_URL, SAPO_INGEST_ADDRESS, SAPO_REDIS_URL, SAPO_TOKEN, SAPO_PATIENCE_SECONDS."""
-
-    model_config = SettingsConfigDict(env_prefix="SAPO_", extra="ignore")
-
-    control_plane_url: str = ""
-    ingest_address: str = ""
-    redis_url: SecretStr = SecretStr("")
-    token: SecretStr = SecretStr("")
-    patience_seconds: float = Field(default=600.0, gt=0)
-    """How long a service goes on trying to reach a peer that it needs before it gives up."""
-
-    def require(self, name: str) -> str:
-        """The value of SAPO_<NAME>, or a ConfigError that says so."""
-        value = getattr(self, name)
-        text = value.get_secret_value() if isinstance(value, SecretStr) else value
-        if not text:
-            raise ConfigError("not set", where=f"environment SAPO_{name.upper()}", fix=f"set it to {_MEANING[name]}")
-        return str(text)
-
-
-_MEANING = {
-    "control_plane_url": "the control plane's http://HOST:PORT",
-    "ingest_address": "ingest's HOST:PORT",
-    "redis_url": "the run's redis://HOST:PORT",
-    "token": "the run's token (that of a `sapo up` is in services.json of its directory)",
-}
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -62,7 +62,7 @@ def test_help_ends_with_the_exit_codes_of_the_error_tree() -> None:
         assert f"{kind.exit_code}  {kind.__doc__}" in table
     assert table[0].startswith("0  ")
     assert table[-1].startswith("130  ")
-    assert [int(line.split()[0]) for line in table] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130]
+    assert [int(line.split()[0]) for line in table] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 130]
 
 
 def test_the_list_of_commands_is_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:

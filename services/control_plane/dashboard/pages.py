@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from sapo_learner.errors import ConfigError, NotFound, Unauthenticated
-from services.runtime.auth import check_bearer, check_cookie, cookie_name, cookie_value
+from services.runtime.auth import VIEWERS, Tokens
 
 log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
@@ -37,8 +37,8 @@ _WAITING = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta h
 
 
 class Pages:
-    def __init__(self, token: str) -> None:
-        self._token = token
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
         self._wrong, self._next_note = 0, -math.inf
         found = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
         self._files = {name: path.read_bytes() for name, path in found.items()}
@@ -69,12 +69,15 @@ class Pages:
         except TimeoutError:
             raise ConfigError(f"the form did not come within {FORM_SECONDS:g} s", where="/login") from None
         given = parse_qs(form.decode("utf-8", "replace")).get("token", [""])[0]
-        if check_bearer(f"Bearer {given.strip()}".encode(), self._token) is not None:
+        role, (name, value) = self._tokens.login(given.strip())
+        if role is None:
             self._note_wrong(request)
-            return self._login_page(401, wrong=True)
+            return self._login_page(401, wrong="Wrong token.")
+        if role not in VIEWERS:
+            return self._login_page(403, wrong=f"This is a token of role {role}: the page wants one of a viewer.")
         answer = RedirectResponse("./", status_code=303, headers=HEADERS)
         answer.set_cookie(
-            cookie_name(self._token), cookie_value(self._token), path="/", httponly=True, samesite="strict",
+            name, value, path="/", httponly=True, samesite="strict",
             secure="https" in (request.url.scheme, request.headers.get("x-forwarded-proto", "")),
         )  # fmt: skip
         return answer
@@ -87,9 +90,9 @@ class Pages:
             log.warning("%d logins with a wrong token, the last from %s", self._wrong, who)
             self._wrong, self._next_note = 0, now + NOTE_SECONDS
 
-    def _login_page(self, status: int, *, wrong: bool = False) -> Response:
+    def _login_page(self, status: int, *, wrong: str = "") -> Response:
         page = self._files["login.html"].decode()
-        return HTMLResponse(page.replace("<!-- wrong -->", "Wrong token." if wrong else ""), status, HEADERS)
+        return HTMLResponse(page.replace("<!-- wrong -->", wrong), status, HEADERS)
 
     def _file(self, name: str, request: Request) -> Response:
         content = self._files.get(name)
@@ -102,7 +105,7 @@ class Pages:
         return Response(content, headers=headers, media_type="text/javascript" if name.endswith(".js") else kind)
 
     def _knows(self, request: Request) -> bool:
-        return check_cookie(request.headers.get("cookie", "").encode("latin-1"), self._token)
+        return self._tokens.has_cookie(request.headers.get("cookie", "").encode("latin-1"))
 
 
 def starting_page(waiting: Sequence[str]) -> Response:

@@ -11,15 +11,16 @@ from services.control_plane.dashboard.history import History
 from services.control_plane.dashboard.live import Broadcaster, EventStream
 from services.control_plane.dashboard.news import Look, News
 from services.control_plane.dashboard.pages import Pages
+from services.runtime.auth import Tokens
 
 PRIVATE = {"Cache-Control": "no-store"}
 
 
 def add_dashboard(
-    app: FastAPI, token: str, history: History, groups: KeptGroups, look: Look, closing: Callable[[], bool]
+    app: FastAPI, tokens: Tokens, history: History, groups: KeptGroups, look: Look, closing: Callable[[], bool]
 ) -> None:
     """look: what the page shows of the moment. closing: whether the process stops. `Door` guards what is under /v1."""
-    Pages(token).add_to(app)
+    Pages(tokens).add_to(app)
     news = News(history, groups, look)
     broadcaster = Broadcaster(news.message, news.begin, closing)
     router = APIRouter(prefix="/v1")

@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2
 from services.ingest.service import SERVICE, _server
 from services.ingest.servicer import IngestServicer
 from services.runstore import EmbeddedRedis, RunStore
+from services.runtime.auth import Tokens
 from services.runtime.metrics import IngestMetrics
 from tests.ingest_door import Ingest
 from tests.small_run import TOKEN, Running
@@ -20,7 +21,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 async def ingest(running: Running, redis: EmbeddedRedis) -> AsyncIterator[Ingest]:
     async with await RunStore.connect(redis.url, running.config.run.name) as store:
         servicer = IngestServicer(running.config, store, IngestMetrics())
-        server, probe = _server(TOKEN, servicer, max_message_bytes=MAX_MESSAGE_BYTES)
+        server, probe = _server(Tokens.one(TOKEN), servicer, max_message_bytes=MAX_MESSAGE_BYTES)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         await probe.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)

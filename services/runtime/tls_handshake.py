@@ -1,0 +1,63 @@
+"""A server's connections under TLS, made so that a handshake that fails is in the log, with its peer.
+
+asyncio tells nobody of a handshake that fails on a server's socket: the connection is gone, and neither protocol nor
+exception handler has heard of it. So the socket is a plain one to it, and TLS starts here.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+from services.runtime.refusals import Refusals
+from services.runtime.tls import meaning_for_server
+
+HANDSHAKE_SECONDS = 10.0
+
+
+class Handshake(asyncio.Protocol):
+    """Shakes hands, then leaves the connection to `inner`."""
+
+    def __init__(self, inner: asyncio.Protocol, context: Callable[[], ssl.SSLContext], refusals: Refusals) -> None:
+        self._inner, self._context, self._refusals = inner, context, refusals
+        self._early: list[bytes] = []  # came with the handshake's last bytes
+        self._lost = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._task = asyncio.get_running_loop().create_task(self._shake(transport))
+
+    def data_received(self, data: bytes) -> None:
+        self._early.append(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+
+    async def _shake(self, transport: asyncio.Transport) -> None:
+        host, loop = str((transport.get_extra_info("peername") or ["somewhere"])[0]), asyncio.get_running_loop()
+        try:
+            secure = await loop.start_tls(
+                transport, self, self._context(), server_side=True, ssl_handshake_timeout=HANDSHAKE_SECONDS
+            )
+        except OSError as error:
+            said = str(error) or type(error).__name__
+            what, fix = meaning_for_server(said) or (said, "")
+            self._refusals.note(host, f"no TLS: {what}" + (f" ({fix})" if fix else ""))
+            return
+        if secure is None or self._lost:
+            return
+        secure.set_protocol(self._inner)
+        self._inner.connection_made(secure)
+        for data in self._early:
+            self._inner.data_received(data)
+
+
+def under_tls(
+    protocol: Callable[..., asyncio.Protocol], context: Callable[[], ssl.SSLContext], refusals: Refusals
+) -> Callable[..., asyncio.Protocol]:
+    """What makes the protocol of a server's next connection, as uvicorn calls it."""
+
+    def make(**options: Any) -> asyncio.Protocol:
+        return Handshake(protocol(**options), context, refusals)
+
+    return make
