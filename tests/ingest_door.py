@@ -5,19 +5,25 @@ ack = await send(stream, group(draw, attempt))
 """
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2
 
 from protos.sapo.v1 import ingest_pb2 as pb
 from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from protos.sapo.v1 import trajectory_pb2
 from sapo_learner.trajectory import TrajectoryGroup
+from services.ingest.service import SERVICE, _server
 from services.ingest.servicer import IngestServicer
 from services.runstore import RunStore
-from services.wire import to_message
+from services.runtime.auth import Tokens
+from services.runtime.metrics import IngestMetrics
+from services.runtime.settings import RunConfig
+from services.wire import MAX_MESSAGE_BYTES, to_message
 from tests.small_run import TOKEN, Running, group, lease_request, snapshot_files, snapshot_manifest
 
 AUTHORIZED = (("authorization", f"Bearer {TOKEN}"),)
@@ -48,6 +54,24 @@ class Ingest:
         await stream.write(hello())
         assert (await stream.read()).WhichOneof("message") == "welcome"
         return stream
+
+
+@asynccontextmanager
+async def open_ingest(
+    config: RunConfig, redis_url: str, *, tokens: Tokens | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> AsyncIterator[Ingest]:
+    """As `sapo serve ingest` starts it, on a free port and without its watch."""
+    async with await RunStore.connect(redis_url, config.run.name) as store:
+        servicer = IngestServicer(config, store, IngestMetrics())
+        server, probe = _server(tokens or Tokens.one(TOKEN), servicer, max_message_bytes=max_message_bytes)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        await probe.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        await probe.set("", health_pb2.HealthCheckResponse.SERVING)
+        options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+            yield Ingest(f"127.0.0.1:{port}", store, servicer, channel)
+        await server.stop(None)
 
 
 async def send(stream: Any, one: TrajectoryGroup | trajectory_pb2.TrajectoryGroup) -> pb.Ack:

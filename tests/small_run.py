@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from sapo_learner.archive import Head
@@ -69,25 +70,28 @@ class Running:
     url: str
     client: ControlPlaneClient
     lifecycle: Lifecycle
+    app: FastAPI
 
 
 @asynccontextmanager
-async def control_plane(config: RunConfig, redis_url: str) -> AsyncIterator[Running]:
-    """As `sapo serve control-plane` starts it, on a free port and without its watch."""
+async def control_plane(
+    config: RunConfig, redis_url: str, *, tokens: Tokens | None = None, token: str = TOKEN
+) -> AsyncIterator[Running]:
+    """As `sapo serve control-plane` starts it, on a free port and without its watch. token: the client's."""
     lifecycle, metrics = Lifecycle(), ControlPlaneMetrics()
     app = probe_app(lifecycle, metrics.registry)
     async with await RunStore.connect(redis_url, config.run.name) as store:
         plane = ControlPlane(config, store, await store.acquire_token("control-plane"), metrics)
         await plane.open()
-        add_routes(app, plane, Tokens.one(TOKEN))
+        add_routes(app, plane, tokens or Tokens.one(TOKEN))
         try:
             async with (
                 serving(app, "127.0.0.1:0") as url,
-                ControlPlaneClient(url, TOKEN, patience=5.0) as client,
+                ControlPlaneClient(url, token, patience=5.0) as client,
             ):
                 lifecycle.ready()
                 try:
-                    yield Running(config, plane, store, url, client, lifecycle)
+                    yield Running(config, plane, store, url, client, lifecycle, app)
                 finally:
                     await plane.close()
         finally:

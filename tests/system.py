@@ -6,7 +6,7 @@ async with system(config, redis_url) as running:
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,9 +46,10 @@ def jsonl_run(directory: Path, prompts: int, answer: str, **sections: dict[str, 
 class System:
     config: RunConfig
     control: ControlPlaneClient
-    environment: Environment
+    environment: Callable[[str], Environment]  # of a service by its name
     lifecycles: dict[str, Lifecycle] = field(default_factory=dict)
     tasks: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
+    addresses: dict[str, str] = field(default_factory=dict)
 
     async def finished(self, seconds: float = 60) -> dict[str, Any]:
         """Wait for the run's end; the status then. Raises what a service died of."""
@@ -66,7 +67,7 @@ class System:
         self.tasks[name] = asyncio.create_task(service(lifecycle, *arguments, **options))
 
     def start_worker(self, name: str) -> None:
-        self.start(name, serve_rollout, self.environment, name=name, http_listen=ANY_PORT)
+        self.start(name, serve_rollout, self.environment(name), name=name, http_listen=ANY_PORT)
 
     async def stop(self, name: str) -> None:
         self.lifecycles[name].stopping.set()
@@ -74,21 +75,33 @@ class System:
 
 
 @asynccontextmanager
-async def system(config: RunConfig, redis_url: str, *, workers: int = 1) -> AsyncIterator[System]:
+async def system(
+    config: RunConfig, redis_url: str, *, workers: int = 1, secured: Callable[[str], dict[str, Any]] | None = None
+) -> AsyncIterator[System]:
+    """secured: what the environment of each service says of tokens and TLS, under which everything is then; the first
+    word of a service's name says which it is, and "viewer" is whoever asks for the run's status."""
     addresses = {name: free_address() for name in ("control-plane", "grpc")}
-    environment = Environment(
-        control_plane_url=f"http://{addresses['control-plane']}",
-        ingest_address=addresses["grpc"],
-        redis_url=SecretStr(redis_url),
-        token=SecretStr(TOKEN),
-        patience_seconds=30,
-    )
-    threads = torch.get_num_threads()
-    async with ControlPlaneClient(environment.control_plane_url, TOKEN, patience=30) as control:
-        running = System(config, control, environment)
-        running.start("control-plane", serve_control_plane, config, environment, listen=addresses["control-plane"])
-        running.start("ingest", serve_ingest, environment, listen=addresses["grpc"], http_listen=ANY_PORT)
-        running.start("learner", serve_learner, environment, http_listen=ANY_PORT)
+    https = "https://" if secured else ""
+
+    def environment(service: str) -> Environment:
+        return Environment(
+            control_plane_url=f"{https or 'http://'}{addresses['control-plane']}",
+            ingest_address=https + addresses["grpc"],
+            redis_url=SecretStr(redis_url),
+            patience_seconds=30,
+            **(secured(service.partition("-")[0]) if secured else {"token": SecretStr(TOKEN)}),
+        )
+
+    threads, viewer = torch.get_num_threads(), environment("viewer")
+    async with ControlPlaneClient(
+        viewer.control_plane_url, viewer.credential(), tls=viewer.tls, patience=30
+    ) as control:
+        running = System(config, control, environment, addresses=addresses)
+        running.start(
+            "control-plane", serve_control_plane, config, environment("control"), listen=addresses["control-plane"]
+        )
+        running.start("ingest", serve_ingest, environment("ingest"), listen=addresses["grpc"], http_listen=ANY_PORT)
+        running.start("learner", serve_learner, environment("learner"), http_listen=ANY_PORT)
         for index in range(workers):
             running.start_worker(f"rollout-{index}")
         try:

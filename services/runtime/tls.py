@@ -134,6 +134,8 @@ _AT_A_CLIENT: dict[tuple[str, ...], _Meaning] = {
         "the server speaks no TLS there", "leave https:// out, or turn TLS on there with SAPO_TLS_CERT"),
     ("illegal status line", "server disconnected without", "http2 settings", "http/2 settings"): (
         "the server speaks no plain text there", "does it want https:// before its address?"),
+    ("socket closed",): (  # all that gRPC says of several things
+        "it ends the connection", "does it want https:// before its address, or a certificate (SAPO_TLS_CERT)?"),
 }  # fmt: skip
 _AT_A_SERVER: dict[tuple[str, ...], _Meaning] = {
     ("http_request", "http request", "wrong version number", "unsupported protocol", "packet length too long"): (

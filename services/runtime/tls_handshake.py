@@ -13,6 +13,7 @@ from services.runtime.refusals import Refusals
 from services.runtime.tls import meaning_for_server
 
 HANDSHAKE_SECONDS = 10.0
+FAREWELL_SECONDS = 1.0  # for the peer of a connection that is closed to say so, too: one that is idle does not
 
 
 class Handshake(asyncio.Protocol):
@@ -37,8 +38,9 @@ class Handshake(asyncio.Protocol):
         host, loop = str((transport.get_extra_info("peername") or ["somewhere"])[0]), asyncio.get_running_loop()
         try:
             secure = await loop.start_tls(
-                transport, self, self._context(), server_side=True, ssl_handshake_timeout=HANDSHAKE_SECONDS
-            )
+                transport, self, self._context(), server_side=True,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS, ssl_shutdown_timeout=FAREWELL_SECONDS,
+            )  # fmt: skip
         except OSError as error:
             said = str(error) or type(error).__name__
             what, fix = meaning_for_server(said) or (said, "")

@@ -1,8 +1,8 @@
 """What a user is likely to get wrong: each one line on standard error (what, where, what to do) and an exit code."""
 
 import asyncio
-import logging
 import json
+import logging
 import shutil
 import socket
 from collections.abc import Callable
