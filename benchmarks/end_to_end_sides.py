@@ -207,5 +207,5 @@ def trl_arguments(plan: Plan, config: RunConfig, scratch: Path) -> Any:
 
 def trl_policy(scratch: Path, step: int) -> Policy:
     policy = load_policy(scratch / BASE)
-    policy.model.load_state_dict(torch.load(scratch / f"trl-{step}.pt"))
+    policy.model.load_state_dict(torch.load(scratch / f"trl-{step}.pt", weights_only=True))
     return policy

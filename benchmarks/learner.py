@@ -79,7 +79,7 @@ def one(side: str, job: Job, gradient: Path) -> None:
 
 
 def gradient_difference(job: Job, scratch: Path) -> float:
-    mine, theirs = (torch.load(scratch / f"{job.lengths}-{side}.pt").double() for side in SIDES)
+    mine, theirs = (torch.load(scratch / f"{job.lengths}-{side}.pt", weights_only=True).double() for side in SIDES)
     difference = float((mine - theirs).norm() / theirs.norm())
     if not difference <= AGREEMENT:
         sys.exit(f"{job.lengths}: the gradients of the first steps differ by {difference:.1e}, it is not the same job")

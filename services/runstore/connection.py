@@ -155,6 +155,8 @@ class Connection:
     def _translated(self, error: exceptions.RedisError, patience: float) -> SapoError:
         where, message = f"Redis at {self.address}", str(error)
         code, _, detail = message.partition(" ")
+        if isinstance(error, exceptions.NoPermissionError):
+            return Unauthenticated(message, where=where, fix="allow that user what docs/security.md lists")
         if _refused(error):
             return Unauthenticated(message, where=where, fix="check the user and password in SAPO_REDIS_URL")
         if _is_transient(error):

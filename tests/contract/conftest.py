@@ -9,13 +9,16 @@ import shutil
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 import pytest_asyncio
+import redis
 
 from sapo_learner.archive import Head
 from services.runstore import AppendResult, EmbeddedRedis, Grant, Lease, Pacing, RunStore
+from tests.documents import ROOT, files
 
 LOOSE = Pacing(groups_per_step=100, lookahead=8, max_policy_age=8, steps=1000, lease_seconds=30, max_lease_seconds=60)
 
@@ -35,13 +38,33 @@ def binary(request: pytest.FixtureRequest) -> str | None:
 @pytest.fixture(scope="session")
 def server(binary: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
     with EmbeddedRedis(tmp_path_factory.mktemp("redis"), binary=binary) as running:
+        add_user(running)
         yield running
+
+
+def documented_user() -> list[str]:
+    """The words behind `user` of the line that docs/security.md gives, its name first."""
+    lines = files(ROOT / "docs/security.md")["users.acl"].splitlines()
+    (line,) = [each for each in lines if each.startswith("user sapo ")]
+    return line.split()[1:]
+
+
+def add_user(server: EmbeddedRedis) -> None:
+    """The user of the documentation: what a run needs, it may; the tests show that."""
+    name, *rules = documented_user()
+    with closing(redis.Redis.from_url(server.url)) as admin:
+        admin.execute_command("ACL", "SETUSER", name, "reset", *rules)
+
+
+def as_user(server: EmbeddedRedis) -> str:
+    """The URL with which that user connects."""
+    return f"redis://sapo:PASSWORD@127.0.0.1:{server.port}/0"
 
 
 @pytest_asyncio.fixture
 async def store(server: EmbeddedRedis) -> AsyncIterator[RunStore]:
-    """An empty run."""
-    async with await RunStore.connect(server.url, f"run-{uuid.uuid4().hex[:8]}", timeout=10) as connected:
+    """An empty run, in the hands of a user that may do only what docs/security.md allows."""
+    async with await RunStore.connect(as_user(server), f"run-{uuid.uuid4().hex[:8]}", timeout=10) as connected:
         yield connected
 
 
