@@ -45,7 +45,7 @@ def found_in(source: str) -> Iterator[str]:
     "source",
     [
         "import pickle", "from pickle import loads", "torch.load(path)", "torch.load(p, weights_only=False)",
-        "yaml.load(text)", "eval(text)", "exec(code)", "subprocess.run(text, shell=True)", "np.load(p, allow_pickle=True)",
+        "yaml.load(text)", "eval(text)", "exec(code)", "subprocess.run(t, shell=True)", "np.load(p, allow_pickle=True)",
         "np.load(p)", "AutoModel.from_pretrained(d, trust_remote_code=True)", "dist.all_gather_object(a, b)",
     ],
 )  # fmt: skip

@@ -20,6 +20,7 @@ from services.local_child import Child
 from services.rollout.engines import vllm_adapter
 from services.run_directory import live_services, set_aside
 from services.runstore import EmbeddedRedis
+from services.runtime.environment import OF_A_DEPLOYMENT
 from services.runtime.settings import RunConfig
 
 FOREVER = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); time.sleep(600)"
@@ -268,6 +269,20 @@ async def test_each_process_sees_its_own_gpus(tmp_path: Path, monkeypatch: pytes
     assert seen == {
         "control-plane": "all", "ingest": "all", "learner": "0,1,2,3", "rollout-0": "4,5", "rollout-1": "7,6",
     }  # fmt: skip
+
+
+async def test_the_locks_of_a_deployment_are_not_those_of_a_run_on_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in OF_A_DEPLOYMENT:
+        monkeypatch.setenv(name, "/etc/sapo/file")
+    run = LocalRun(parse(RunConfig, {"run": {"name": "test", "dir": str(tmp_path)}}, where="test"), workers=1)
+    try:
+        given = run._environment("ingest")
+    finally:
+        await run.stop()
+    assert not set(OF_A_DEPLOYMENT) & set(given)
+    assert (given["SAPO_TOKEN"], given["HOME"]) == (run._token, os.environ["HOME"])
 
 
 @pytest.mark.parametrize(

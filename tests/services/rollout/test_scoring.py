@@ -16,6 +16,7 @@ from pebble.common import CONSTS
 
 from sapo_learner.errors import ConfigError
 from services.rollout.scoring import ReplyFailed, Scorer
+from services.runtime.environment import SECRET
 from services.runtime.metrics import RolloutMetrics
 from services.runtime.sampling_settings import ScoringSettings
 from services.tasks import Prompt, Response, TaskSettings
@@ -88,7 +89,7 @@ KINDS = {
     "unnamed": lambda: {3: 1.0},
     "nothing": lambda: {"correct": None},
     "other names": lambda: {"correct": 1.0, "length": 0.5},
-    "token": lambda: {"correct": float("SAPO_TOKEN" in os.environ or "SAPO_REDIS_URL" in os.environ), "style": 0.5},
+    "token": lambda: {"correct": float("geheim" in os.environ.values()), "style": 0.5},
 }
 
 
@@ -314,8 +315,9 @@ async def test_what_a_score_has_started_ends_with_the_scorer(made: Callable[...,
 async def test_what_only_the_worker_needs_is_not_in_the_environment(
     made: Callable[..., Scorer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SAPO_TOKEN", "geheim")
-    monkeypatch.setenv("SAPO_REDIS_URL", "redis://nowhere")
+    assert {"SAPO_TOKEN", "SAPO_REDIS_URL", "SAPO_TOKEN_FILE", "SAPO_TLS_KEY"} <= set(SECRET)
+    for name in SECRET:
+        monkeypatch.setenv(name, "geheim")
     with made() as scorer:
         assert await scorer.score("odd", PROMPT, answers("token")) == [{"correct": 0.0, "style": 0.5}]
 
