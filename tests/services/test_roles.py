@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.sapo.v1 import ingest_pb2
 from sapo_learner.errors import Forbidden
 from services.runtime import roles
-from services.runtime.auth import Tokens
+from services.runtime.auth import Tokens, cookie_name, cookie_value
 from services.runtime.client import ControlPlaneClient
 from services.runtime.grpc_errors import from_rpc
 from services.runtime.roles import Role
@@ -163,6 +163,14 @@ async def test_an_admin_s_browser_may_read_what_a_viewer_may_and_no_more(running
         assert (await browser.get("/v1/history")).status_code == 200
         assert (await browser.get(f"/v1/blobs/{sha256(b'none')}")).status_code == 403
         assert (await browser.post("/v1/leases", json={})).status_code == 401
+
+
+@pytest.mark.parametrize("role", [Role.WORKER, Role.LEARNER])
+async def test_a_cookie_that_somebody_makes_of_another_role_s_token_opens_nothing(running: Running, role: Role) -> None:
+    cookie = f"{cookie_name(TOKENS[role])}={cookie_value(TOKENS[role])}"
+    async with httpx.AsyncClient(base_url=running.url, headers={"Cookie": cookie}) as http:
+        assert (await http.get("/v1/history")).status_code == 401
+        assert (await http.get("/")).status_code == 401
 
 
 # ---- gRPC
