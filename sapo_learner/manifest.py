@@ -41,7 +41,7 @@ class Blob(Settings):
     """A file named by its content."""
 
     sha256: Sha256
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, le=1 << 53)
     """Bytes."""
 
     @classmethod

@@ -3,13 +3,14 @@
 import asyncio
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from sapo_learner.disk import naming
-from sapo_learner.errors import Mismatch, NotFound
+from sapo_learner.errors import Mismatch, NotFound, Unavailable
 from sapo_learner.segment import fsync
 
 GRACE_SECONDS = 600  # a blob may wait this long for the manifest that names it
@@ -24,8 +25,7 @@ class BlobDirectory:
 
     def path(self, sha256: str) -> Path:
         """Raises NotFound."""
-        if not (len(sha256) == 64 and set(sha256) <= set("0123456789abcdef")):
-            raise NotFound(f"{sha256[:80]!r} is not a SHA-256 in hex", where="blobs")
+        _check_name(sha256)
         path = self._directory / sha256
         if not path.is_file():
             raise NotFound(
@@ -37,8 +37,15 @@ class BlobDirectory:
         """Start the blob's grace anew: whoever asks whether it is there may be about to name it in a manifest."""
         os.utime(path)
 
-    async def put(self, sha256: str, chunks: AsyncIterator[bytes]) -> None:
-        """Store what arrives, durably, if it has that digest; raises Mismatch otherwise."""
+    async def put(self, sha256: str, chunks: AsyncIterator[bytes], size: int = 0) -> None:
+        """Store what arrives, durably, if it has that digest; raises Mismatch otherwise.
+
+        size: bytes that are said to come. Raises Unavailable, before the first of them, when the disk has no room.
+        """
+        _check_name(sha256)
+        if size > (free := shutil.disk_usage(self._directory).free):
+            what = f"{size} bytes do not fit into the {free} that are free"
+            raise Unavailable(what, where=f"blob {sha256}", fix="make room on the disk")
         digest, path = hashlib.sha256(), self._directory / sha256
         upload = NamedTemporaryFile(dir=self._directory, suffix=".upload", delete=False)  # noqa: SIM115
         try:
@@ -70,3 +77,8 @@ class BlobDirectory:
                 continue
             if path.stat().st_mtime < max(oldest, (forgotten or {}).get(path.name, 0.0)):
                 path.unlink(missing_ok=True)
+
+
+def _check_name(sha256: str) -> None:
+    if not (len(sha256) == 64 and set(sha256) <= set("0123456789abcdef")):
+        raise NotFound(f"{sha256[:80]!r} is not a SHA-256 in hex", where="blobs")

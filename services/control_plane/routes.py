@@ -1,19 +1,47 @@
 """The HTTP API under /v1: thin routes over ControlPlane. services/runtime/roles.py says who may."""
 
+import logging
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Header, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from sapo_learner.errors import ConfigError, Unavailable
 from services.control_plane.dashboard.look import look
 from services.control_plane.dashboard.routes import add_dashboard
 from services.control_plane.plane import ControlPlane
 from services.runtime import api
 from services.runtime.auth import Tokens
 from services.runtime.http import Door
+from services.runtime.seldom import Seldom
+
+log = logging.getLogger(__name__)
+MAX_EVENT_STREAMS = 512
+NOTE_SECONDS = 60.0
+
+
+class _Places:
+    """Of event streams. A worker that finds none hears of new policies by its heartbeats, a second later."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._taken, self._note = count, 0, Seldom(NOTE_SECONDS)
+
+    async def __call__(self, request: Request) -> AsyncIterator[None]:
+        if self._taken >= self._count:
+            if refused := self._note.due():
+                log.warning(
+                    "%d event streams are open: %d refused, the last of %s", self._taken, refused, request.client
+                )
+            what = f"{self._count} event streams are open already"
+            raise Unavailable(what, where=request.url.path, fix="heartbeats say the same; try again later")
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
 
 
 def add_routes(app: FastAPI, plane: ControlPlane, tokens: Tokens, run: str = "") -> None:
@@ -41,7 +69,7 @@ def _run(router: APIRouter, plane: ControlPlane, run: str) -> None:
     async def ledger() -> dict[str, Any]:
         return await plane.ledger()
 
-    @router.get("/events", response_class=EventSourceResponse)
+    @router.get("/events", response_class=EventSourceResponse, dependencies=[Depends(_Places(MAX_EVENT_STREAMS))])
     async def events() -> AsyncIterator[ServerSentEvent]:
         async for event in plane.events():
             yield ServerSentEvent(event="policy", data=event)
@@ -96,7 +124,10 @@ def _snapshots(router: APIRouter, plane: ControlPlane) -> None:
 
     @router.put("/blobs/{sha256}", status_code=201)
     async def upload(sha256: str, request: Request) -> Response:
-        await plane.policies.blobs.put(sha256, request.stream())
+        length = request.headers.get("content-length", "")
+        if not length.isdigit():
+            raise ConfigError("an upload states its length", where=request.url.path)
+        await plane.policies.blobs.put(sha256, request.stream(), int(length))
         return JSONResponse({}, status_code=201)
 
     @router.api_route("/blobs/{sha256}", methods=["GET", "HEAD"])

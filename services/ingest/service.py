@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from protos.sapo.v1 import ingest_pb2, ingest_pb2_grpc
+from protos.sapo.v1 import ingest_pb2
 from sapo_learner.errors import ConfigError, SapoError
 from services.ingest.interceptor import TokenInterceptor
 from services.ingest.servicer import IngestServicer
@@ -22,10 +22,19 @@ from services.runtime.metrics import IngestMetrics
 from services.runtime.settings import Environment
 from services.runtime.tls import Tls
 from services.wire import MAX_MESSAGE_BYTES
+from services.wire_shape import parse_request
 
 log = logging.getLogger(__name__)
 SERVICE = ingest_pb2.DESCRIPTOR.services_by_name["TrajectoryIngestService"].full_name
 DRAIN_SECONDS = 5.0
+# What a connection may cost that does nothing, or too much: one that never speaks HTTP/2, one without a call, pings.
+_BOUNDS = [
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 60_000),
+    ("grpc.max_concurrent_streams", 16),  # of one connection; a worker has one
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 3),
+]
 WATCH_SECONDS = 2.0  # between two looks at Redis, and the time limit of each
 
 
@@ -112,6 +121,16 @@ async def _watch(lifecycle: Lifecycle, store: RunStore, probe: health.aio.Health
         await lifecycle.sleep(seconds)
 
 
+def _handler(servicer: IngestServicer) -> grpc.GenericRpcHandler:
+    """As the generated code has it, but no message is decoded before its shape is known to be small."""
+    stream = grpc.stream_stream_rpc_method_handler(
+        servicer.StreamTrajectoryGroups,
+        request_deserializer=parse_request,
+        response_serializer=ingest_pb2.StreamTrajectoryGroupsResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(SERVICE, {"StreamTrajectoryGroups": stream})
+
+
 def _server(
     tokens: Tokens, servicer: IngestServicer, *, max_message_bytes: int = MAX_MESSAGE_BYTES
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
@@ -122,9 +141,10 @@ def _server(
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        *_BOUNDS,
     ]
     server = grpc.aio.server(interceptors=[TokenInterceptor(tokens)], options=options)
-    ingest_pb2_grpc.add_TrajectoryIngestServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    server.add_generic_rpc_handlers((_handler(servicer),))
     probe = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(probe, server)
     return server, probe

@@ -8,7 +8,6 @@ A malformed group gives its draw back: it is offered again, with the same seed, 
 malformed. It stays open then, so the ledger still balances, and the run goes on without it.
 """
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -21,6 +20,7 @@ from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from protos.sapo.v1 import trajectory_pb2
 from sapo_learner.errors import ConfigError, InvalidTrajectory, Mismatch, SapoError, Unauthenticated, Unavailable
 from sapo_learner.trajectory import SCHEMA_VERSION, TrajectoryGroup
+from services.ingest.open_streams import Counted, OpenStreams
 from services.ingest.own_acks import OwnAcks
 from services.runstore import Refusal, RunStore
 from services.runtime import api
@@ -58,12 +58,13 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
     def __init__(
         self, config: RunConfig, store: RunStore, metrics: IngestMetrics, *, hello_seconds: float = HELLO_SECONDS
     ) -> None:
-        """hello_seconds: how long a stream may be open before it says whose it is."""
+        """hello_seconds: how long a stream may be open before it says whose it is. Of too many such streams the oldest
+        ends at once: it takes no place from a worker that says hello."""
         self._config, self._store, self._metrics, self._hello_seconds = config, store, metrics, hello_seconds
         # What the run says of itself; read again when a group names a version that is not among them.
         self._versions: dict[int, int] = {}
         self._facts: dict[str, str] = {}
-        self._acks = OwnAcks()
+        self._acks, self._open = OwnAcks(), OpenStreams()
 
     async def StreamTrajectoryGroups(
         self,
@@ -77,25 +78,22 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
                 if hello is None:
                     return
                 worker = await self._greet(hello)
-                yield _Response(welcome=pb.Welcome(run=self._config.run.name, credits=self._config.ingest.credits))
-                async for request in requests:
-                    if request.WhichOneof("message") != "group":
-                        raise _out_of_order(worker)
-                    yield _Response(ack=await self._accept(request.group, worker))
+                with self._open.greeted(worker):
+                    yield _Response(welcome=pb.Welcome(run=self._config.run.name, credits=self._config.ingest.credits))
+                    async for request in requests:
+                        if request.WhichOneof("message") != "group":
+                            raise _out_of_order(worker)
+                        yield _Response(ack=await self._accept(request.group, worker))
             except (SapoError, DecodeError) as error:
                 refusal = _as_refusal(error)
-                log.warning("stream of %s refused: %s", worker or "an unknown worker", refusal)
+                if not isinstance(error, Counted):
+                    log.warning("stream of %s refused: %s", worker or "an unknown worker", refusal)
                 await abort(context, refusal)
 
     async def _hello(self, requests: AsyncIterator[pb.StreamTrajectoryGroupsRequest]) -> pb.Hello | None:
         """None: the stream is over."""
-        try:
-            async with asyncio.timeout(self._hello_seconds):
-                first = await anext(requests, None)
-        except TimeoutError:
-            raise Unavailable(
-                f"no hello within {self._hello_seconds:g} s", where=_STREAM, fix="connect again, and say hello first"
-            ) from None
+        async with self._open.before_hello(self._hello_seconds):
+            first = await anext(requests, None)
         if first is not None and first.WhichOneof("message") != "hello":
             raise _out_of_order("an unknown worker")
         return first.hello if first is not None else None

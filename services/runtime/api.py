@@ -1,6 +1,7 @@
 """What crosses the control plane's HTTP API: one pydantic model per body, used by both ends."""
 
 import json
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -12,6 +13,7 @@ from services.tasks import Prompt
 RUN_HEADER = "Sapo-Run"  # of the configuration: which run it is, in one word
 EVENT_SECONDS = 15.0  # an event stream says something at least this often
 MAX_NAME = 200
+MAX_DEPTH = 32  # lists and objects in one another, of a body
 MAX_LEASES = 1 << 16  # of one body
 MAX_SHOWN_TOKENS = 1 << 18  # of one response
 MAX_ENTRY = 60
@@ -27,6 +29,16 @@ def check_worker_name(name: str) -> str:
     return name
 
 
+def _check_depth(data: Any) -> None:
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        inside = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for each in inside if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_DEPTH}")
+
+
 WorkerName = Annotated[str, AfterValidator(check_worker_name)]
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 """What every part counts with exactly: Lua's numbers, too."""
@@ -34,11 +46,13 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class RequestBody(BaseModel):
-    """What a peer sends. JSON can hold half a surrogate pair, which nothing here could write down again."""
+    """What a peer sends. JSON can hold half a surrogate pair, which nothing here could write down again, and lists in
+    lists so deep that whoever walks through them runs out of stack."""
 
     @model_validator(mode="before")
     @classmethod
     def _writable(cls, data: Any) -> Any:
+        _check_depth(data)
         json.dumps(data, ensure_ascii=False, default=str).encode()  # UnicodeEncodeError is a ValueError
         return data
 

@@ -160,6 +160,8 @@ class ControlPlaneClient:
                 with partial.open("ab" if response.status_code == 206 else "wb") as file:
                     async for chunk in response.aiter_bytes(CHUNK):
                         file.write(chunk)
+                        if file.tell() > blob.size:  # whoever sends it could go on until the disk is full
+                            break
             except OSError as error:
                 raise errors.Unavailable(str(error), where=str(partial), fix="make room on the disk") from error
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from services.runtime.error_parts import to_parts
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.refusals import Refusals
 from services.runtime.roles import Role
+from services.runtime.seldom import Seldom
 from services.runtime.tls import Tls
 from services.runtime.tls_handshake import under_tls
 
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
 HEAD_SECONDS = 20.0  # for a connection's first request head
 BODY_SECONDS = 60.0  # without another piece of a body
+BODY_BYTES_PER_SECOND = 4096  # that a body comes with at least, once those seconds are over
+MAX_STRANGERS = 256  # connections that have not asked for anything yet
+NOTE_SECONDS = 60.0  # between two lines of the log about them
 
 
 def parse_address(address: str, *, where: str) -> tuple[str, int]:
@@ -153,20 +158,21 @@ class Door:
 
 
 def _unstalled(receive: Receive) -> Receive:
-    """As if the client had hung up when it stops in the middle of a body."""
-    whole = False
+    """As if the client had hung up when it stops in the middle of a body, or sends it drop by drop."""
+    whole, since, received = False, time.monotonic(), 0
 
     async def bounded() -> Message:
-        nonlocal whole
+        nonlocal whole, received
         if whole:
             return await receive()
+        slowest = since + BODY_SECONDS + received / BODY_BYTES_PER_SECOND
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(min(BODY_SECONDS, slowest - time.monotonic())):
                 message = await receive()
         except TimeoutError:
             whole = True
             return {"type": "http.disconnect"}
-        whole = not message.get("more_body", False)
+        whole, received = not message.get("more_body", False), received + len(message.get("body", b""))
         return message
 
     return bounded
@@ -174,7 +180,8 @@ def _unstalled(receive: Receive) -> Receive:
 
 class _Protocol(H11Protocol):
     """A connection whose request head is not whole HEAD_SECONDS after it was opened, or after the head's first byte, is
-    closed. One that is idle between two requests is uvicorn's to close."""
+    closed, and so is the oldest of too many without a first one. One that is idle between two requests is uvicorn's to
+    close."""
 
     _head_timer: asyncio.TimerHandle
     _head_after: Any = None  # the request before the head that the timer is for
@@ -182,10 +189,15 @@ class _Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         _connections[self.client, self.server] = transport
+        _strangers[self] = None
+        if len(_strangers) > MAX_STRANGERS:
+            _send_away(next(iter(_strangers)))
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.cycle is not None:
+            _strangers.pop(self, None)
         between = self.cycle is None or self.cycle.response_complete
         if between and self._head_after is not self.cycle:
             self._head_timer.cancel()
@@ -193,6 +205,7 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer.cancel()
+        _strangers.pop(self, None)
         _connections.pop((self.client, self.server), None)
         super().connection_lost(exc)
 
@@ -206,6 +219,19 @@ class _Protocol(H11Protocol):
 
 
 _connections: dict[tuple[Any, Any], asyncio.Transport] = {}  # that are open, by both their ends
+_strangers: dict[_Protocol, None] = {}  # of which no request has come yet, the oldest first
+_note = Seldom(NOTE_SECONDS)
+
+
+def _send_away(stranger: _Protocol) -> None:
+    """So that those who connect and ask nothing take no connection from those who ask."""
+    del _strangers[stranger]
+    if count := _note.due():
+        log.warning(
+            "more than %d connections that ask nothing: %d closed, the oldest first, the last from %s",
+            MAX_STRANGERS, count, stranger.client,
+        )  # fmt: skip
+    stranger.transport.abort()
 
 
 def hang_up(scope: Scope) -> None:
@@ -237,13 +263,9 @@ async def serving(app: ASGIApp, address: str, tls: Tls | None = None) -> AsyncIt
     protocol: Any = under_tls(_Protocol, tls.server_contexts(), Refusals("HTTP")) if tls and secure else _Protocol
     listener = await asyncio.to_thread(_bind, address)
     config = uvicorn.Config(
-        app,
-        http=protocol,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=2,
-    )
+        app, http=protocol, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2,
+        headers=[("X-Content-Type-Options", "nosniff")],
+    )  # fmt: skip
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:

@@ -10,7 +10,7 @@ from sapo_learner.trajectory import LogprobMode, SamplingParameters
 
 
 class SamplingSettings(Settings):
-    group_size: int = Field(default=8, ge=1)
+    group_size: int = Field(default=8, ge=1, le=2048)
     """Responses per draw: the group over which advantages are normalised. At least 2."""
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature of the sampling; training divides the logits by it, too."""

