@@ -98,8 +98,8 @@ def _report(ran: "subprocess.CompletedProcess[str]", seconds: float) -> None:
         f"| largest memory of the process | {figures['peak_rss_mb']} MB |",
         f"| slowest input | {figures['slowest_unit_time_sec']} s |",
         f"| findings | {', '.join(found) or 'none'} |", "",
-        "A finding is an exception that is neither a refusal of ours nor protobuf's, an accepted group that does not come",
-        f"back as it was, {INPUT_SECONDS} s or {MEMORY_MB} MB for one input. Covered: "
+        "A finding is an exception that is neither a refusal of ours nor protobuf's, an accepted group that does not",
+        f"come back as it was, {INPUT_SECONDS} s or {MEMORY_MB} MB for one input. Covered: "
         f"{', '.join(f'`{each}`' for each in COVERED)}.",
     ]  # fmt: skip
     (RESULTS / "fuzz.md").write_text("\n".join(lines) + "\n")

@@ -130,7 +130,8 @@ def _snapshots(router: APIRouter, plane: ControlPlane) -> None:
         await plane.policies.blobs.put(sha256, request.stream(), int(length))
         return JSONResponse({}, status_code=201)
 
-    @router.api_route("/blobs/{sha256}", methods=["GET", "HEAD"])
+    @router.head("/blobs/{sha256}")
+    @router.get("/blobs/{sha256}")
     async def download(sha256: str, request: Request, if_none_match: str = Header(default="")) -> Response:
         path = plane.policies.blobs.path(sha256)
         if request.method == "HEAD":
