@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sapo_learner import formats
 from sapo_learner.checkpoint_names import FACTS, Found, list_whole, named
 from sapo_learner.errors import Corrupt, NotFound
 from sapo_learner.manifest import Blob
 
-FORMAT = 1
 T = TypeVar("T")
 
 
@@ -45,17 +45,21 @@ def newest(
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint but its tensors, as `CheckpointState` names it. Raises Corrupt."""
+    """Everything in a checkpoint but its tensors, as `CheckpointState` names it.
+
+    Raises Corrupt, and Mismatch for a whole one of another version: passing it over would undo steps.
+    """
     try:
         facts = json.loads((path / FACTS).read_bytes())
         digest = facts.pop("digest")
-        if digest == digest_of(facts) and facts["format"] == FORMAT:
+        if digest == digest_of(facts):
+            formats.CHECKPOINT.check(facts["format"], where=str(path / FACTS))
             return dict(facts)
     except FileNotFoundError:
         raise corrupt(path / FACTS, "missing") from None
     except (ValueError, AttributeError, KeyError, TypeError):
         pass
-    raise corrupt(path / FACTS, "does not check out, or is of another version")
+    raise corrupt(path / FACTS, "does not check out")
 
 
 def cursor_of(path: Path) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from sapo_learner import shards
-from sapo_learner.checkpoint_facts import FORMAT, corrupt, digest_of, verified
+from sapo_learner import formats, shards
+from sapo_learner.checkpoint_facts import corrupt, digest_of, verified
 from sapo_learner.checkpoint_names import FACTS
 from sapo_learner.disk import naming
 from sapo_learner.errors import NotFound
@@ -123,7 +123,7 @@ def _write_rest(directory: Path, state: CheckpointState, names: tuple[str, ...],
         fsync(path)
         files[path.name] = Blob.of(path)
     facts = {each.name: getattr(state, each.name) for each in fields(state) if each.name not in _TENSORS}
-    facts |= {"format": FORMAT, "files": {name: blob.model_dump() for name, blob in files.items()}}
+    facts |= {"format": formats.CHECKPOINT.newest, "files": {name: blob.model_dump() for name, blob in files.items()}}
     path = directory / FACTS
     with naming(path):
         path.write_text(json.dumps(facts | {"digest": digest_of(facts)}, indent=1, allow_nan=False))

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from sapo_learner import pruned
+from sapo_learner import formats, pruned
 from sapo_learner.entry import Entry, Head, check_follows
 from sapo_learner.errors import Corrupt, NotFound
 from sapo_learner.pruned import Pruned
@@ -19,7 +20,8 @@ from sapo_learner.segment import Damaged, FrameIndex, Name, decode, frames, is_w
 
 log = logging.getLogger(__name__)
 
-FORMAT = "sapo-archive-2"  # heads every segment, beside its token and number
+_PREFIX = "sapo-archive-"
+FORMAT = f"{_PREFIX}{formats.ARCHIVE.newest}"  # heads every segment, beside its token and number
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +153,8 @@ class Held:
             for start, end, content in frames(path, self.ends.get(name, 0)):
                 if start:
                     self._take(_entries(content, path), name, start, end - start)
-                elif decode(content, width=3, where=str(path)) != [[FORMAT, *name]]:
-                    what = f"not a {FORMAT} segment {name.number} of token {name.token}"
-                    raise Corrupt(what, where=str(path), fix="move it away")
+                else:
+                    _check_header(decode(content, width=3, where=str(path)), name, path)
                 self.ends[name] = end
         except Damaged as damage:
             self._refuse_unless_torn(path, damage, last=last)
@@ -199,6 +200,16 @@ def gone(begin: Head, where: Path) -> NotFound:
     """What to say to whoever asks for entries that were pruned up to `begin`."""
     fix = f"resume or replay from a checkpoint whose cursor is {begin.sequence} or later"
     return NotFound(f"the archive was pruned up to entry {begin.id}", where=str(where), fix=fix)
+
+
+def _check_header(records: list[list[Any]], name: Name, path: Path) -> None:
+    """Raises Mismatch for a segment of another version, Corrupt for what is not this segment."""
+    for form, *numbers in records[:1]:
+        version = str(form).removeprefix(_PREFIX)
+        if len(records) == 1 and numbers == [*name] and form == f"{_PREFIX}{version}" and version.isdecimal():
+            return formats.ARCHIVE.check(int(version), where=str(path))
+    what = f"not a {FORMAT} segment {name.number} of token {name.token}"
+    raise Corrupt(what, where=str(path), fix="move it away")
 
 
 def _entries(content: bytes, path: Path) -> list[Entry]:

@@ -7,10 +7,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
+from sapo_learner import formats
 from sapo_learner.config import Settings, parse
 from sapo_learner.errors import ConfigError, NotFound
 
@@ -77,6 +78,8 @@ class Probe(Settings):
 
 
 class Manifest(Settings):
+    format: int = 1
+    """Of this description, see `sapo_learner.formats`; the first ones did not say it."""
     version: int | None = None
     """Number under which the registry published it; None before that."""
     step: int = Field(ge=0, le=1 << 53)
@@ -93,6 +96,15 @@ class Manifest(Settings):
     """Small files of the model directory: config.json, tokenizer.json, ..."""
     probe: Probe | None = None
     """Not part of the digest: it follows from the weights. None in what older learners published."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_known_format(cls, data: Any) -> Any:
+        """Before its keys are judged: another version may have others."""
+        given = data.get("format", 1) if isinstance(data, dict) else 1
+        if not formats.MANIFEST.reads(given):
+            raise ValueError(f"{formats.MANIFEST.refusal(given)}: {formats.MANIFEST.fix(given)}")
+        return data
 
     @field_validator("parts")
     @classmethod

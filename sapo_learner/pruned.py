@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sapo_learner import formats
 from sapo_learner.disk import naming
 from sapo_learner.entry import Entry, Head
 from sapo_learner.errors import Corrupt
 from sapo_learner.segment import Name, fsync
 
 FILE = "pruned.json"
-_FORMAT = 1
 BEGINNING = Name(0, 0)
 
 
@@ -62,12 +62,13 @@ class Pruned:
 
 
 def read(archive: Path) -> Pruned:
-    """Raises Corrupt for a file that does not check out."""
+    """Raises Corrupt for a file that does not check out, Mismatch for one of another version."""
     path = archive / FILE
     try:
         facts = json.loads(path.read_bytes())
         digest = facts.pop("digest")
-        if digest == _digest(facts) and facts.pop("format") == _FORMAT:
+        if digest == _digest(facts):
+            formats.PRUNED.check(facts["format"], where=str(path))
             ranges = tuple((start, stop) for start, stop in facts["ranges"])
             return Pruned(Head(**facts["head"]), Name(*facts["first"]), ranges, facts["controls"])
     except FileNotFoundError:
@@ -75,14 +76,14 @@ def read(archive: Path) -> Pruned:
     except (ValueError, AttributeError, KeyError, TypeError):
         pass
     raise Corrupt(
-        "does not check out, or is of another version", where=str(path),
+        "does not check out", where=str(path),
         fix="restore it from a copy: without it nobody knows where the archive begins",
     )  # fmt: skip
 
 
 def write(archive: Path, pruned: Pruned) -> None:
     """Replace the record at once; durable on return. Raises OSError, and nothing has changed then."""
-    facts: dict[str, Any] = asdict(pruned) | {"format": _FORMAT}
+    facts: dict[str, Any] = asdict(pruned) | {"format": formats.PRUNED.newest}
     path = archive / FILE
     temporary = path.with_suffix(".tmp")
     try:

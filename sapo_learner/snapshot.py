@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sapo_learner import formats
 from sapo_learner.errors import Corrupt, Mismatch, NotFound, Unavailable
 from sapo_learner.manifest import Blob, Manifest, TensorEntry, policy_digest
 from sapo_learner.segment import fsync
@@ -84,7 +85,9 @@ def write_snapshot(
     blobs = {name: _store(directory, partial(Path.write_bytes, data=content)) for name, content in files.items()}
     fsync(directory)
     digest = policy_digest(entries)
-    return Manifest(step=step, digest=digest, dtype=dtype, tensors=entries, parts=parts, files=blobs)
+    return Manifest(
+        format=formats.MANIFEST.newest, step=step, digest=digest, dtype=dtype, tensors=entries, parts=parts, files=blobs
+    )
 
 
 def read_snapshot(manifest: Manifest, blob_path: Callable[[str], Path]) -> Mapping[str, Tensor]:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sapo_learner import formats
 from sapo_learner.errors import InvalidTrajectory
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = formats.WIRE.newest
 MAX_INTEGER = 2**63 - 1  # of draws and seeds: what every part of the service can hold
 
 # What to do about it, for whoever runs the worker.
@@ -150,8 +151,8 @@ class TrajectoryGroup:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        version = f"schema version {self.schema_version} is not {SCHEMA_VERSION}"
-        _require(self.schema_version == SCHEMA_VERSION, version, fix=_SAME_VERSION)
+        if not formats.WIRE.reads(self.schema_version):  # before a text is written that nobody reads
+            _require(False, formats.WIRE.refusal(self.schema_version), fix=formats.WIRE.fix(self.schema_version))
         in_range = 0 <= self.draw <= MAX_INTEGER and 1 <= self.attempt < 2**32
         _require(in_range, "draw or attempt out of range", fix=_FROM_CONTROL_PLANE)
         in_range = 0 <= self.epoch < 2**32 and 0 <= self.seed <= MAX_INTEGER

@@ -15,16 +15,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from sapo_learner import formats
 from sapo_learner.errors import ConfigError, Corrupt
 from services.runtime.api import Answer
 
-FORMAT = 1
 Line = dict[str, Any]
 Key = tuple[str, str]  # task, problem
 
 
 def header(**facts: Any) -> Line:
-    return {"kind": "header", "format": FORMAT, **facts}
+    return {"kind": "header", "format": formats.EVALUATION.newest, **facts}
 
 
 def sample_lines(task: str, problem: str, seed: int, answers: Sequence[Answer]) -> list[Line]:
@@ -40,10 +40,12 @@ def dump(line: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> tuple[Line, list[Line]]:
-    """The header, and every whole line behind it. Raises Corrupt when it does not begin with one."""
+    """The header, and every whole line behind it. Raises Corrupt when it does not begin with one, Mismatch for one of
+    another version."""
     lines = list(_whole(path))
     if not lines or lines[0].get("kind") != "header":
         raise Corrupt("does not begin with the header of an evaluation", where=str(path), fix="remove it")
+    formats.EVALUATION.check(lines[0].get("format"), where=str(path))
     return lines[0], lines[1:]
 
 

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from protos.sapo.v1 import trajectory_pb2 as pb
+from sapo_learner import formats
 from sapo_learner.errors import InvalidTrajectory
 from sapo_learner.trajectory import SamplingParameters, Trajectory, TrajectoryGroup, VersionSpan
 from services.runtime.tracing import valid
@@ -75,12 +76,15 @@ def encode(group: TrajectoryGroup) -> bytes:
 
 
 def decode(data: bytes) -> TrajectoryGroup:
-    """Parse and validate the bytes of a log entry; raises InvalidTrajectory."""
+    """Parse and validate the bytes of a log entry; raises InvalidTrajectory, and Mismatch for one of a schema version
+    that is not read here: a newer ingest has taken it, so it is not the entry that is wrong."""
     message = pb.TrajectoryGroup()
     try:
         message.ParseFromString(data)
     except DecodeError as error:
         raise InvalidTrajectory(f"not a TrajectoryGroup: {error}", fix=_SAME_VERSION) from None
+    if message.schema_version:
+        formats.WIRE.check(message.schema_version, where=f"draw {message.draw}")
     return from_message(message)
 
 

@@ -18,8 +18,9 @@ from google.protobuf.message import DecodeError
 from protos.sapo.v1 import ingest_pb2 as pb
 from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from protos.sapo.v1 import trajectory_pb2
+from sapo_learner import formats
 from sapo_learner.errors import ConfigError, InvalidTrajectory, Mismatch, SapoError, Unauthenticated, Unavailable
-from sapo_learner.trajectory import SCHEMA_VERSION, TrajectoryGroup
+from sapo_learner.trajectory import TrajectoryGroup
 from services.ingest.open_streams import Counted, OpenStreams
 from services.ingest.own_acks import OwnAcks
 from services.runstore import Refusal, RunStore
@@ -109,12 +110,9 @@ class IngestServicer(pb_grpc.TrajectoryIngestServiceServicer):
             api.check_worker_name(hello.worker)
         except ValueError as error:
             raise ConfigError(str(error), where=_STREAM, fix="choose another --name") from None
-        if hello.schema_version != SCHEMA_VERSION:
-            raise Mismatch(
-                f"schema version {hello.schema_version}, this run's is {SCHEMA_VERSION}",
-                where=hello.worker,
-                fix=_SAME_VERSION,
-            )
+        if not formats.WIRE.reads(version := hello.schema_version):
+            what = formats.WIRE.refusal(version, reader="this ingest")
+            raise Mismatch(what, where=hello.worker, fix=formats.WIRE.fix(version))
         for name, given in (("tokenizer_digest", hello.tokenizer_digest), ("model_digest", hello.model_digest)):
             if given != facts[name]:
                 raise Mismatch(

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from sapo_learner import errors
+from sapo_learner.config import parse
 from sapo_learner.manifest import Blob, Manifest
 from services.runtime import api
 from services.runtime.auth import Credential
@@ -21,6 +22,7 @@ from services.runtime.tls import SCHEME, Tls, meaning_for_client
 
 Body = TypeVar("Body", bound=BaseModel)
 CHUNK = 1 << 20
+_OTHER_VERSION = "run this process and the control plane at versions that know the same settings"
 CONNECT_SECONDS, UPLOAD_FACTOR = 5.0, 20
 
 
@@ -70,7 +72,8 @@ class ControlPlaneClient:
         await self._http.aclose()
 
     async def config(self) -> RunConfig:
-        return RunConfig.model_validate(await self._json("GET", "/v1/config"))
+        settings = await self._json("GET", "/v1/config")
+        return parse(RunConfig, settings, where=f"{self.url}/v1/config", fix=_OTHER_VERSION)
 
     async def status(self) -> dict[str, Any]:
         status: dict[str, Any] = await self._json("GET", "/v1/status")
@@ -104,7 +107,7 @@ class ControlPlaneClient:
     async def manifest(self, version: int | None = None) -> Manifest:
         """Manifest of a version (None: the current one); raises NotFound when it is not (or no longer) kept."""
         path = "/v1/policies/current" if version is None else f"/v1/policies/{version}"
-        return Manifest.model_validate(await self._json("GET", path))
+        return parse(Manifest, await self._json("GET", path), where=f"{self.url}{path}", fix=_OTHER_VERSION)
 
     async def versions(self) -> dict[int, int]:
         """Kept policy version -> optimizer step."""

@@ -210,7 +210,7 @@ async def test_a_stream_without_the_token_is_refused(ingest: Ingest, metadata: A
     [
         ({"tokenizer_digest": "f" * 64}, "tokenizer_digest ffffffffffff differs from the run's"),
         ({"model_digest": ""}, "model_digest missing differs"),
-        ({"schema_version": 2}, "schema version 2, this run's is 1"),
+        ({"schema_version": 2}, "schema version 2, this ingest reads 1"),
     ],
 )
 async def test_a_worker_whose_tokens_mean_something_else_is_refused(

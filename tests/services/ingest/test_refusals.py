@@ -97,7 +97,7 @@ MALFORMED: dict[str, tuple[Change, str, str, str]] = {
     "context": (prompt(*[5] * 63), ", response 0", "65 tokens, the model's context is 64", "lower"),
     "top_p": (sampling(top_p=0.9), "", "truncated sampling (top_p 0.9", "use top_p 1"),
     "top_k": (sampling(top_k=50), "", "truncated sampling (top_p 1.0, top_k 50)", "top_k 0"),
-    "schema": (fields(schema_version=2), "", "schema version 2 is not 1", "same version"),
+    "schema": (fields(schema_version=2), "", "schema version 2, this sapo reads 1", "upgrade"),
     "reward": (lambda m: m.trajectories[1].rewards.update({"correct": np.nan}), ", response 1", "is nan", "finite"),
     "no response": (lambda m: m.ClearField("trajectories"), "", "no response", "group_size"),
     "dtype": (first("token_ids", logprobs(5, 6)), ", response 0", "dtype DTYPE_FLOAT32, expected", "same version"),
