@@ -12,7 +12,7 @@ FSYNC  ?= always
 MINUTES ?= 5
 TORCH  ?= torch==2.13.0
 
-.PHONY: help install install-vllm demo demo-vllm test test-vllm chaos overload dashboard engines learner end-to-end lint format protos clean
+.PHONY: help install install-vllm demo demo-vllm test test-vllm chaos overload dashboard engines learner end-to-end fuzz audit lint format protos clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,10 @@ learner: install  ## CPU time of optimizer steps beside TRL's on the same record
 end-to-end: install  ## the demo to 80 % pass@1 beside TRL, about eight minutes
 	$(BIN)/python -m benchmarks.end_to_end
 
+fuzz: install  ## coverage-guided fuzzing of what decodes a worker's messages, five minutes (MINUTES=n)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python -m benchmarks.fuzz --minutes $(MINUTES)
+
 lint: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,8 +83,10 @@ format: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-protos: install  ## regenerate the stubs beside the .proto files
+protos: install  ## regenerate the stubs beside the .proto files, once nothing in them breaks who speaks the wire
+	$(BIN)/buf breaking --against protos/baseline.binpb
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/sapo/v1/*.proto
+	$(BIN)/buf build --exclude-source-info -o protos/baseline.binpb
 
 clean:  ## remove what was built and every run
 	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
