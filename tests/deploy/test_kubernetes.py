@@ -1,0 +1,164 @@
+"""deploy/kubernetes without a cluster: what kubectl renders is valid, restricted, and opens only the needed ways."""
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from kubernetes_validate import utils as kubernetes_schemas
+
+from services.runtime.settings import Environment
+from tests import kubernetes
+from tests.documents import ROOT
+from tests.kubernetes import KUBERNETES, OVERLAYS, SECRETS, Manifests, unexplained_variables
+
+NEWEST = sorted({kubernetes_schemas.major_minor(each) for each in kubernetes_schemas.all_versions()},
+                key=lambda each: tuple(map(int, each.split("."))))[-3:]  # fmt: skip
+CUSTOM = {"ScaledObject", "PodMonitor"}
+READ_BY_OTHERS = {"HOME", "PYTHONUNBUFFERED", "HF_HOME", "HF_TOKEN", "REDISCLI_AUTH"}
+"""By Python, huggingface_hub and valkey-cli."""
+PAIRS = {
+    *((each, "control-plane", 8080) for each in ("ingest", "learner", "rollout", "prometheus")),
+    *(("prometheus", each, 9100) for each in ("ingest", "learner", "rollout")),
+    *((each, "redis", 6379) for each in ("control-plane", "ingest", "learner")),
+    ("rollout", "ingest", 8081),
+}
+
+
+# ---- Schemas
+
+
+@pytest.mark.parametrize("minor", NEWEST)
+def test_every_object_is_what_the_newest_versions_of_kubernetes_take(minor: str, manifests: Manifests) -> None:
+    for each in manifests.objects:
+        if each["kind"] not in CUSTOM:
+            kubernetes_schemas.validate(each, minor, strict=True)
+
+
+def test_a_misspelt_field_is_refused(texts: dict[str, str]) -> None:
+    wrong = Manifests(texts["demo"].replace("readinessProbe", "readynessProbe"))
+    with pytest.raises(kubernetes_schemas.ValidationError, match="readynessProbe"):
+        kubernetes_schemas.validate(wrong.get("Deployment", "ingest"), NEWEST[-1], strict=True)
+
+
+def test_kinds_of_operators_have_only_fields_that_these_know(manifests: Manifests) -> None:
+    schema = yaml.safe_load((Path(__file__).parent / "custom_resources.yaml").read_text())
+    for each in manifests.of(*CUSTOM):
+        jsonschema.validate(each, schema)
+        misspelt = json.loads(json.dumps(each).replace("interval", "intervall").replace("threshold", "treshold"))
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(misspelt, schema)
+
+
+# ---- Rules, each with what it finds in a copy that breaks it
+
+KNOWN = {f"SAPO_{name.upper()}" for name in Environment.model_fields} | {"SAPO_CACHE_DIR"} | READ_BY_OTHERS
+Rule = Callable[[Manifests], Iterator[str]]
+
+
+def unexplained(manifests: Manifests) -> Iterator[str]:
+    return unexplained_variables(manifests, KNOWN)
+
+
+LEARNER_BUDGET = "minAvailable: 1\n  selector:\n    matchLabels:\n      app.kubernetes.io/component: learner"
+BROKEN: list[tuple[Rule, str, str, int]] = [  # rule, what is replaced, by what, how many findings
+    (kubernetes.loose_containers, "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false", 5),
+    (kubernetes.loose_containers, "runAsUser: 10001", "runAsUser: 0", 5),
+    (kubernetes.loose_containers, "automountServiceAccountToken: false", "hostPID: false", 5),
+    (kubernetes.unbounded_containers, "limits:", "claims:", 5),
+    (kubernetes.unbounded_containers, "GracePeriodSeconds: 75", "GracePeriodSeconds: 30", 4),
+    (kubernetes.unbounded_containers, "sizeLimit: 64Mi", "medium: Memory", 1),
+    (kubernetes.missing_probes, "startupProbe", "startProbe", 5),
+    (kubernetes.missing_probes, "grpc:\n            port: 8081", "grpc:\n            port: 8082", 1),
+    (kubernetes.missing_probes, "port: http\n          periodSeconds: 10", "port: web\n          periodSeconds: 10", 5),
+    (kubernetes.dangling_selectors, LEARNER_BUDGET, LEARNER_BUDGET.replace("learner", "teacher"), 1),
+    (kubernetes.dangling_selectors, "containerPort: 9100", "containerPort: 9101", 3),
+    (kubernetes.unnamed_references, "claimName: learner", "claimName: runs", 1),
+    (unexplained, "SAPO_INGEST_ADDRESS", "SAPO_INGEST_ADRESS", 4),
+]
+
+
+@pytest.mark.parametrize("rule", sorted({each[0] for each in BROKEN}, key=lambda each: each.__name__),
+                         ids=lambda each: each.__name__)  # fmt: skip
+def test_no_rule_is_broken(rule: Rule, manifests: Manifests) -> None:
+    assert list(rule(manifests)) == []
+
+
+@pytest.mark.parametrize(("rule", "right", "wrong", "findings"), BROKEN, ids=lambda each: str(each)[:40])
+def test_a_broken_rule_is_found(rule: Rule, right: str, wrong: str, findings: int, texts: dict[str, str]) -> None:
+    assert right in texts["demo"]
+    assert len(list(rule(Manifests(texts["demo"].replace(right, wrong))))) == findings
+
+
+# ---- Who speaks with whom
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_only_the_needed_pairs_may_speak(overlay: str, texts: dict[str, str]) -> None:
+    found = kubernetes.allowed(Manifests(texts[overlay]))
+    among_ranks = {each for each in found if each[:2] == ("learner", "learner")}
+    assert found - among_ranks == PAIRS
+    assert bool(among_ranks) == (overlay == "multi-node")
+    assert all(("learner", "learner", port) in among_ranks for port in (-1, 29500)) == (overlay == "multi-node")
+
+
+def test_what_no_policy_names_is_denied(manifests: Manifests) -> None:
+    denied = manifests.get("NetworkPolicy", "default-deny")["spec"]
+    assert denied == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+
+def test_a_policy_that_lets_in_more_is_found_once_both_sides_have_it(texts: dict[str, str]) -> None:
+    leaves = texts["demo"].replace("port: 8081\n    to:", "port: 8081\n    - port: 9100\n    to:")
+    assert leaves != texts["demo"]
+    assert kubernetes.allowed(Manifests(leaves)) == PAIRS, "the other side lets nobody in"
+    enters = leaves.replace("    ports:\n    - port: 8081", "    ports:\n    - port: 8081\n    - port: 9100")
+    assert kubernetes.allowed(Manifests(enters)) - PAIRS == {("rollout", "ingest", 9100)}
+
+
+def test_workers_have_no_password_of_redis_and_everybody_else_an_address(manifests: Manifests) -> None:
+    for each in manifests.workloads:
+        names = manifests.variables(each)
+        if each.component in ("control-plane", "ingest", "learner"):
+            assert {"SAPO_TOKEN", "SAPO_REDIS_URL", "SAPO_CONTROL_PLANE_URL"} <= names
+        if each.component == "rollout":
+            assert {"SAPO_TOKEN", "SAPO_INGEST_ADDRESS", "SAPO_CONTROL_PLANE_URL"} <= names
+            assert not {"SAPO_REDIS_URL", "REDIS_PASSWORD"} & names
+
+
+def test_a_variable_is_defined_before_the_one_that_is_made_of_it(manifests: Manifests) -> None:
+    for each in manifests.workloads:
+        names = list(each.environment)
+        if "redis://" in str(value := each.environment.get("SAPO_REDIS_URL", {}).get("value")):
+            assert "$(REDIS_PASSWORD)" in value
+            assert names.index("REDIS_PASSWORD") < names.index("SAPO_REDIS_URL")
+
+
+def test_secret_values_are_in_the_secret_alone(manifests: Manifests) -> None:
+    others = [each for each in manifests.objects if each["kind"] != "Secret"]
+    assert not [value for value in SECRETS.values() if value in json.dumps(others)]
+    assert manifests.of("Secret")[0]["data"].keys() == SECRETS.keys()
+
+
+def test_no_secret_is_committed() -> None:
+    example = (KUBERNETES / "secret" / "secret.env.example").read_text()
+    assert re.findall(r"^#?(\w+)=(.*)$", example, re.MULTILINE) == [
+        ("SAPO_TOKEN", ""), ("REDIS_PASSWORD", ""), ("SAPO_REDIS_URL", ""), ("HF_TOKEN", "")]  # fmt: skip
+    ignored = subprocess.run(["git", "check-ignore", "-q", "deploy/kubernetes/secret/secret.env"], cwd=ROOT)
+    assert ignored.returncode in (0, 128), "git would take secret.env"  # 128: no checkout
+
+
+def test_every_file_is_part_of_an_overlay(kubernetes_tree: Path) -> None:
+    """None is left over, and the secret's place is empty until somebody fills it."""
+    named = {path for file in kubernetes_tree.rglob("kustomization.yaml") for path in _named(file)}
+    files = {path for path in kubernetes_tree.rglob("*.yaml") if path.name != "kustomization.yaml"}
+    assert {path.relative_to(kubernetes_tree) for path in files - named} == set()
+
+
+def _named(file: Path) -> Iterator[Path]:
+    words = shlex.split(re.sub(r"[\[\]{},|]", " ", file.read_text()), comments=True)
+    yield from ((file.parent / word).resolve() for word in words if word.endswith(".yaml"))
