@@ -1,14 +1,19 @@
-"""What benchmarks.sizing multiplies with: bytes of real groups, snapshots and checkpoints, speed of the control plane."""
+"""What benchmarks.sizing multiplies with: bytes of groups, snapshots and checkpoints, speed of the control plane."""
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from sapo_learner.archive import Archive
@@ -17,7 +22,7 @@ from sapo_learner.config import LearnerSettings, parse
 from sapo_learner.entry import GENESIS, Entry, Head, link
 from sapo_learner.learner import Learner
 from sapo_learner.manifest import Blob
-from sapo_learner.policy import tiny_policy
+from sapo_learner.policy import Policy
 from sapo_learner.resume import capture
 from sapo_learner.snapshot import write_snapshot
 from sapo_learner.train import Position
@@ -26,7 +31,7 @@ from services.runstore import RunStore
 from services.runstore.embedded import EmbeddedRedis
 from services.runtime.client import ControlPlaneClient
 from services.wire import encode
-from tests.small_run import TOKEN, control_plane, run_config
+from tests.small_run import TOKEN, free_address
 
 GROUPS = 24
 BLOB_BYTES = 256 << 20
@@ -53,7 +58,7 @@ class PolicyBytes:
 
 @dataclass(frozen=True)
 class Speed:
-    """Bytes per second through one control plane and its directory."""
+    """Bytes per CPU second of the control plane."""
 
     upload: float
     download: float
@@ -114,27 +119,23 @@ def _archive_bytes(payloads: list[bytes]) -> int:
 
 
 def _entries(payloads: list[bytes]) -> Iterator[Entry]:
-    from hashlib import sha256
-
     chain = GENESIS
     for number, payload in enumerate(payloads):
         chain = link(chain, f"1-{number + 1}", "group", sha256(payload).hexdigest())
         yield Entry(1, number + 1, "group", number, chain, payload)
 
 
-def policy_bytes() -> PolicyBytes:
-    """Of a model that is large enough for headers and tokenizer not to count."""
-    torch.manual_seed(0)
-    policy = tiny_policy("".join(map(chr, range(48, 48 + 64))), seed=0, **_WIDER)
-    learner = Learner(policy, parse(LearnerSettings, {}, where="sizing"))
+def policy_bytes(policy: Policy) -> PolicyBytes:
+    """policy: large enough for headers not to count. It is trained for one step, so that there are moments."""
+    learner = Learner(policy, parse(LearnerSettings, {}, where="sizing"), temperature=1.0)
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    learner.optimizer.step()  # moments exist from the first step on
+    learner.optimizer.step()
     count = sum(each.numel() for each in policy.model.parameters())
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         manifest = write_snapshot(
-            policy.copied("bfloat16"), step=0, dtype="bfloat16", files=policy.files, directory=directory / "snapshot"
+            policy.copied("bfloat16"), step=0, dtype="bfloat16", files={}, directory=directory / "snapshot"
         )
         saved = save(directory / "checkpoints", capture(learner, Position()), token=1)
         checkpoint = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
@@ -143,24 +144,42 @@ def policy_bytes() -> PolicyBytes:
 
 
 async def control_plane_speed() -> Speed:
-    """One upload with its fsync, then several downloads with their digests; server and clients in one process."""
+    """One upload, then several downloads at once, of a control plane that is a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        async with EmbeddedRedis(directory / "redis") as url, control_plane(run_config(directory / "run"), url) as running:
-            path = directory / "blob"
-            path.write_bytes(np.random.default_rng(0).bytes(BLOB_BYTES))
-            blob = Blob.of(path)
-            started = time.perf_counter()
-            await running.client.upload(path, blob)
-            uploaded = time.perf_counter()
-            async with asyncio.TaskGroup() as tasks:
-                for number in range(READERS):
-                    tasks.create_task(_download(running.url, blob, directory / f"reader-{number}"))
-            ended = time.perf_counter()
+        path = directory / "blob"
+        path.write_bytes(np.random.default_rng(0).bytes(BLOB_BYTES))
+        blob = Blob.of(path)
+        async with EmbeddedRedis(directory / "redis") as redis_url, _control_plane(directory, redis_url) as serving:
+            process, url = serving
+            async with ControlPlaneClient(url, TOKEN, patience=60.0) as client:
+                await client.config()
+                started = _cpu_seconds(process)
+                await client.upload(path, blob)
+                uploaded = _cpu_seconds(process)
+                async with asyncio.TaskGroup() as tasks:
+                    for number in range(READERS):
+                        (reader := directory / f"reader-{number}").mkdir()
+                        tasks.create_task(client.download(blob, reader))
+                ended = _cpu_seconds(process)
     return Speed(BLOB_BYTES / (uploaded - started), READERS * BLOB_BYTES / (ended - uploaded))
 
 
-async def _download(url: str, blob: Blob, directory: Path) -> None:
-    directory.mkdir()
-    async with ControlPlaneClient(url, TOKEN, patience=60.0) as client:
-        await client.download(blob, directory)
+@asynccontextmanager
+async def _control_plane(directory: Path, redis_url: str) -> AsyncIterator[tuple[psutil.Process, str]]:
+    (directory / "run.yaml").write_text("run: {name: sizing}\n")
+    address = free_address()
+    environment = os.environ | {"SAPO_REDIS_URL": redis_url, "SAPO_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "services.cli", "serve", "control-plane", "run.yaml", "--listen", address]
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=log)
+    try:
+        yield psutil.Process(process.pid), f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
