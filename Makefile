@@ -12,7 +12,7 @@ FSYNC  ?= always
 MINUTES ?= 5
 TORCH  ?= torch==2.13.0
 
-.PHONY: help install install-vllm demo demo-vllm test test-vllm chaos overload dashboard engines learner end-to-end fuzz audit lint format protos clean
+.PHONY: help install install-vllm demo demo-vllm test test-vllm chaos overload dashboard engines learner end-to-end fuzz audit lint format protos locks clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -87,6 +87,9 @@ protos: install  ## regenerate the stubs beside the .proto files, once nothing i
 	$(BIN)/buf breaking --against protos/baseline.binpb
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/sapo/v1/*.proto
 	$(BIN)/buf build --exclude-source-info -o protos/baseline.binpb
+
+locks: install  ## resolve anew what the images install, into deploy/docker/locks (needs the package index)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python deploy/docker/locks/make.py
 
 clean:  ## remove what was built and every run
 	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -200,11 +200,18 @@ def ledger(run: Run, as_json: AsJson = False) -> None:
 
 @app.command()
 def health(
-    address: Annotated[str, typer.Argument(help="http://HOST:PORT of any service, or HOST:PORT of ingest's gRPC.")],
+    address: Annotated[
+        str,
+        typer.Argument(
+            help="http://HOST:PORT of any service, or HOST:PORT of ingest's gRPC.", envvar="SAPO_HEALTH_ADDRESS"
+        ),
+    ],
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the answer.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
     """Ask a process if it is ready; exits with 0 if it is and with 8 if it is not, saying for what it waits.
+
+    In an image SAPO_HEALTH_ADDRESS is the container's own service, so that `sapo health` alone is its health check.
 
     \b
     Examples:

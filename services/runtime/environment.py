@@ -1,5 +1,8 @@
 """Where the services are, what a process may do, and how it proves that: from the environment, never from run.yaml."""
 
+import os
+from typing import Any
+
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -9,7 +12,11 @@ from services.runtime.tls import Tls
 
 
 class Environment(BaseSettings):
-    """Variables SAPO_<FIELD>, such as SAPO_CONTROL_PLANE_URL."""
+    """Variables SAPO_<FIELD>, such as SAPO_CONTROL_PLANE_URL.
+
+    SAPO_SECRETS_DIR: a directory with a file for each that is not in the environment, as sapo_token and sapo_redis_url;
+    what is mounted as a file shows up in no list of variables.
+    """
 
     model_config = SettingsConfigDict(env_prefix="SAPO_", extra="ignore")
 
@@ -29,6 +36,9 @@ class Environment(BaseSettings):
     tls_client_ca: str = ""
     patience_seconds: float = Field(default=600.0, gt=0)
     """How long a service goes on trying to reach a peer that it needs before it gives up."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(_secrets_dir=os.environ.get("SAPO_SECRETS_DIR") or None, **values)
 
     def require(self, name: str) -> str:
         """The value of SAPO_<NAME>, or a ConfigError that says so."""
@@ -68,7 +78,7 @@ _MEANING = {
     "token": "the run's token (that of a `sapo up` is in services.json of its directory)",
 }
 OF_A_DEPLOYMENT = tuple(f"SAPO_{name}" for name in (
-    "TOKEN_FILE", "TOKENS_FILE", "TLS_CERT", "TLS_KEY", "TLS_CA", "TLS_CLIENT_CA"
+    "SECRETS_DIR", "TOKEN_FILE", "TOKENS_FILE", "TLS_CERT", "TLS_KEY", "TLS_CA", "TLS_CLIENT_CA"
 ))  # fmt: skip
 """What a `sapo up`, whose processes talk over the loopback interface under a token of its own, does not hand on."""
 SECRET = ("SAPO_TOKEN", "SAPO_REDIS_URL", *OF_A_DEPLOYMENT)

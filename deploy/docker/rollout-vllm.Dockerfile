@@ -1,0 +1,58 @@
+# Rollout worker with vLLM, on GPUs. From the repository's root:
+#   docker build -f deploy/docker/rollout-vllm.Dockerfile -t sapo/rollout-vllm .
+# To try it without a GPU add --build-arg LOCK=rollout-vllm-cpu, and PIP_EXTRA_INDEX_URL as for the learner.
+# Nothing here needs BuildKit; docker, buildah and podman build it.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+ARG LOCK=rollout-vllm
+ARG PIP_EXTRA_INDEX_URL=
+WORKDIR /build
+# What changes seldom comes first: the libraries, then the project. Neither venv has a pip of its own.
+COPY deploy/docker/locks/build.txt deploy/docker/locks/torch.txt deploy/docker/locks/${LOCK}.txt ./
+RUN python3 -m venv --without-pip /opt/sapo \
+    && python3 -m venv --without-pip /opt/build \
+    && python3 -m pip --python /opt/build/bin/python install --no-cache-dir --require-hashes -r build.txt \
+    && if ! grep -q '^torch==' "${LOCK}.txt"; then \
+        python3 -m pip --python /opt/sapo/bin/python install --no-cache-dir -r torch.txt; fi \
+    && python3 -m pip --python /opt/sapo/bin/python install --no-cache-dir --no-deps --only-binary :all: \
+        --require-hashes -r "${LOCK}.txt"
+COPY . .
+# Without its dependencies: they are there, as the lock has them.
+RUN python3 -m pip --python /opt/build/bin/python wheel --no-deps --no-build-isolation --wheel-dir dist . \
+    && python3 -m pip --python /opt/sapo/bin/python install --no-cache-dir --no-deps dist/*.whl
+
+FROM ${PYTHON_IMAGE}
+# tini: PID 1 must reap what dying processes leave, and pass signals on. g++: kernels are compiled when an engine starts.
+# Both are taken as the base's release has them.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libc6-dev libnuma1 tini \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp sapo \
+    && mkdir /runs /cache /secrets \
+    && chown sapo:sapo /runs /cache /secrets
+COPY --from=build /opt/sapo /opt/sapo
+# The root file system may be read-only: /tmp, /runs (run.dir is relative to /) and /cache are what is written to.
+ENV PATH=/opt/sapo/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    SAPO_CACHE_DIR=/cache \
+    XDG_CACHE_HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    SAPO_HEALTH_ADDRESS=http://127.0.0.1:9100
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+ARG SOURCE=unknown
+LABEL org.opencontainers.image.title="sapo rollout worker with vLLM" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.source="${SOURCE}" \
+    org.opencontainers.image.licenses="Apache-2.0"
+WORKDIR /
+USER 10001:10001
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=10s --start-period=120s CMD ["sapo", "health"]
+ENTRYPOINT ["/usr/bin/tini", "--"]
+CMD ["sapo", "--help"]
