@@ -15,7 +15,8 @@ NOT_IN_CONTROL_PLANE = ("torch", "transformers", "peft", "accelerate", "valkeyli
 """What only learner and rollout workers import, and the Redis that `sapo up` embeds."""
 OF_TORCH = ["filelock", "fsspec", "networkx", "setuptools", "sympy", "typing-extensions"]
 """What torch needs in any build of it; jinja2 is ours, too."""
-WITHOUT_TORCH = [f"{each} ; sys_platform == 'never'" for each in ("torch", "torchvision", "torchaudio", "torchcodec", "triton")]
+TORCHES = ("torch", "torchvision", "torchaudio", "torchcodec", "triton")
+WITHOUT_TORCH = [f"{each} ; sys_platform == 'never'" for each in TORCHES]
 """Overrides: nobody gets torch, nor the libraries of whichever build of it the index at hand serves. torch's builds for
 CPUs come from another index, so torch.txt has it by its version; vLLM's companions of it are CUDA builds of no use there."""
 
