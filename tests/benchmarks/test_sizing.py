@@ -10,8 +10,10 @@ from benchmarks.sizing import RESULTS, chosen
 from benchmarks.sizing_cases import SHAPES, Bytes, Sizing
 from benchmarks.sizing_measured import groups, log_bytes
 from benchmarks.sizing_report import report
+from tests.documents import ROOT
 
 TEXT = (RESULTS / "sizing.md").read_text()
+SHAPE_ROWS = tuple(f"| {each.name} |" for each in SHAPES)
 NOTHING = argparse.Namespace(
     rollout_tokens=None, response_tokens=None, groups_per_step=None, workers=None, max_policy_age=None
 )
@@ -30,6 +32,12 @@ def tables(text: str) -> list[str]:
 def test_the_report_is_what_the_arithmetic_makes_of_its_figures() -> None:
     sizings = [Sizing(shape, measured()) for shape in chosen(NOTHING)]
     assert tables(report(sizings, command="")) == tables(TEXT)
+
+
+def test_the_page_about_deploying_has_the_same_tables() -> None:
+    shown = [line for line in tables((ROOT / "docs" / "deploy.md").read_text()) if line.startswith(SHAPE_ROWS)]
+    assert shown
+    assert shown == [line for line in tables(TEXT.partition("## Traffic")[2]) if line.startswith(SHAPE_ROWS)]
 
 
 def test_sizes_follow_from_their_parts() -> None:

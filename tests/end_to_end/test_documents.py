@@ -16,7 +16,7 @@ from torch.distributed.run import get_args_parser
 from sapo_learner.config import parse
 from services.cli import app
 from services.runtime.settings import RunConfig
-from tests.documents import DOCUMENTS, ROOT, Command, blocks, commands, files, named, write_files
+from tests.documents import DOCUMENTS, ROOT, Command, blocks, commands, named, write_files
 
 COMMANDS = [command for document in DOCUMENTS for command in commands(document)]
 _SPAN = re.compile(r"`(sapo [a-z][^`]*)`")
@@ -52,14 +52,6 @@ def test_every_command_is_understood_by_its_own_tool(command: Command) -> None:
         words = asked.training_script_args
     found, arguments = click_command(words)
     found.make_context("sapo", arguments, resilient_parsing=False).close()  # type: ignore[attr-defined]
-
-
-def test_the_job_for_kubernetes_runs_a_command_that_torchrun_understands() -> None:
-    job = yaml.safe_load(files(ROOT / "docs/scaling.md")["learner.yaml"])
-    tool, *words = job["spec"]["template"]["spec"]["containers"][0]["command"]
-    asked = get_args_parser().parse_args(words)
-    assert (tool, asked.nnodes, asked.training_script) == ("torchrun", str(job["spec"]["completions"]), "services.cli")
-    click_command(asked.training_script_args)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
