@@ -54,7 +54,11 @@ async def _grpc(address: str, timeout: float) -> list[str]:
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.aio.AioRpcError as error:
-            raise Unavailable(f"no answer: {error.details()}", where=address, fix="is ingest running there?") from None
+            raise Unavailable(
+                f"no answer: {error.details()}",
+                where=address,
+                fix="is ingest running there? Under TLS, ask at its --health-listen",
+            ) from None
     # The standard health service has no place for a reason.
     return [] if answer.status == health_pb2.HealthCheckResponse.SERVING else ["what its HTTP port's /readyz names"]
 

@@ -46,10 +46,11 @@ def jsonl_run(directory: Path, prompts: int, answer: str, **sections: dict[str, 
 class System:
     config: RunConfig
     control: ControlPlaneClient
-    environment: Callable[[str], Environment]  # of a service by its name
+    environment: Environment
+    """Of the workers."""
+    addresses: dict[str, str]
     lifecycles: dict[str, Lifecycle] = field(default_factory=dict)
     tasks: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
-    addresses: dict[str, str] = field(default_factory=dict)
 
     async def finished(self, seconds: float = 60) -> dict[str, Any]:
         """Wait for the run's end; the status then. Raises what a service died of."""
@@ -67,7 +68,7 @@ class System:
         self.tasks[name] = asyncio.create_task(service(lifecycle, *arguments, **options))
 
     def start_worker(self, name: str) -> None:
-        self.start(name, serve_rollout, self.environment(name), name=name, http_listen=ANY_PORT)
+        self.start(name, serve_rollout, self.environment, name=name, http_listen=ANY_PORT)
 
     async def stop(self, name: str) -> None:
         self.lifecycles[name].stopping.set()
@@ -78,8 +79,8 @@ class System:
 async def system(
     config: RunConfig, redis_url: str, *, workers: int = 1, secured: Callable[[str], dict[str, Any]] | None = None
 ) -> AsyncIterator[System]:
-    """secured: what the environment of each service says of tokens and TLS, under which everything is then; the first
-    word of a service's name says which it is, and "viewer" is whoever asks for the run's status."""
+    """secured: what the environments say of tokens and TLS, under which everything is then; it is told whose: control,
+    ingest, learner, rollout, or viewer, who asks for the status."""
     addresses = {name: free_address() for name in ("control-plane", "grpc")}
     https = "https://" if secured else ""
 
@@ -89,14 +90,14 @@ async def system(
             ingest_address=https + addresses["grpc"],
             redis_url=SecretStr(redis_url),
             patience_seconds=30,
-            **(secured(service.partition("-")[0]) if secured else {"token": SecretStr(TOKEN)}),
+            **(secured(service) if secured else {"token": SecretStr(TOKEN)}),
         )
 
     threads, viewer = torch.get_num_threads(), environment("viewer")
     async with ControlPlaneClient(
         viewer.control_plane_url, viewer.credential(), tls=viewer.tls, patience=30
     ) as control:
-        running = System(config, control, environment, addresses=addresses)
+        running = System(config, control, environment("rollout"), addresses)
         running.start(
             "control-plane", serve_control_plane, config, environment("control"), listen=addresses["control-plane"]
         )

@@ -229,11 +229,13 @@ class ControlPlaneClient:
 def _explained(error: BaseException | None) -> tuple[str, str]:
     """What keeps the control plane from being reached, and what to do."""
     said, cause = _detail(error), error
+    unsaid = isinstance(error, httpx.ReadError | httpx.RemoteProtocolError) and error.request.url.scheme == "https"
     while cause is not None:  # httpx leaves out what ended a connection
-        if found := meaning_for_client(str(cause)):
+        found = meaning_for_client(str(cause))
+        if found and (not unsaid or "[SSL" in str(cause)):
             return f"{found[0]} [{cause}]", found[1]
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, httpx.ReadError) and error.request.url.scheme == "https":  # an alert that nobody passes on
+    if unsaid:  # an alert that nobody passes on
         return f"it ends the connection [{said}]", "does it want a certificate of its clients (SAPO_TLS_CERT)?"
     return said, "is it running, and is SAPO_CONTROL_PLANE_URL its address?"
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from protos.sapo.v1 import ingest_pb2_grpc as pb_grpc
 from sapo_learner import errors
 from sapo_learner.trajectory import SamplingParameters, Trajectory, TrajectoryGroup, VersionSpan
 from services.rollout.sender import GroupSender
+from services.runtime.auth import Credential
 from services.runtime.grpc_errors import abort
 
 Response = pb.StreamTrajectoryGroupsResponse
@@ -331,7 +333,7 @@ async def test_an_ingest_that_says_what_it_waits_for_is_waited_for(ingest: Inges
 
 
 @pytest.mark.parametrize(
-    "kind", [errors.Unauthenticated, errors.Mismatch, errors.ConfigError, errors.InvalidTrajectory]
+    "kind", [errors.Unauthenticated, errors.Forbidden, errors.Mismatch, errors.ConfigError, errors.InvalidTrajectory]
 )
 async def test_what_ingest_says_ends_the_worker_word_for_word(kind: type[errors.SapoError]) -> None:
     class Refusing(Ingest):
@@ -358,3 +360,26 @@ async def test_a_group_beyond_the_limit_is_refused_before_it_is_sent(ingest: Ing
             )
             assert (sender.unacknowledged, await statuses(sending(sender, 3))) == (0, [ACCEPTED])
     await ingest.expect("hello w", "group 1", "group 3")
+
+
+async def test_a_token_that_is_exchanged_in_its_file_is_taken_up_and_no_group_is_lost(tmp_path: Path) -> None:
+    """Ingest knows only the new one from a group's arrival on; the worker's file follows when it has been refused."""
+    old, new, path = "the-old-token-of-the-run", "the-new-token-of-the-run", tmp_path / "token"
+    path.write_text(old)
+
+    class Exchanging(Ingest):
+        async def StreamTrajectoryGroups(self, request_iterator: Any, context: Any) -> AsyncIterator[Response]:
+            given = dict(context.invocation_metadata())["authorization"]
+            if self.arrived and given != f"Bearer {new}":
+                path.write_text(new)
+                await abort(context, errors.Unauthenticated("wrong or missing token"))
+            async for response in super().StreamTrajectoryGroups(request_iterator, context):
+                yield response
+
+    exchanging = Exchanging()
+    exchanging.judge = lambda draw, nth: "break" if nth == 1 else ACCEPTED
+    async with listening(exchanging) as address:
+        sender = GroupSender(address, Credential(file=str(path)), HELLO)
+        async with running(sender), asyncio.timeout(20):
+            assert await statuses(sending(sender, 1)) == [ACCEPTED]
+    assert exchanging.tokens == [f"Bearer {old}", f"Bearer {new}"]

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
+import httpcore
+import httpx
 import pytest
 from fastapi import FastAPI
 
@@ -243,3 +245,23 @@ async def test_files_that_will_not_do_are_said_at_the_start(
     with pytest.raises(ConfigError, match=says):
         async with door(Tls(**{name: str(directory / file) for name, file in files.items()})):
             raise AssertionError("it started")
+
+
+@pytest.mark.parametrize("kind", [httpx.RemoteProtocolError, httpx.ReadError])
+@pytest.mark.parametrize(("scheme", "says"), [("https", "certificate of its clients"), ("http", "want https://")])
+async def test_a_connection_that_is_just_gone_means_another_thing_under_tls(
+    kind: type[httpx.TransportError], scheme: str, says: str
+) -> None:
+    """How a client hears that it needs a certificate is a matter of chance: an alert, a reset, or the end."""
+    ends = "Server disconnected without sending a response."
+
+    def gone(request: httpx.Request) -> httpx.Response:
+        try:
+            raise httpcore.RemoteProtocolError(ends)
+        except httpcore.RemoteProtocolError as error:
+            raise kind(ends, request=request) from error
+
+    async with ControlPlaneClient(f"{scheme}://nowhere", "token", patience=0.05) as client:
+        client._http = httpx.AsyncClient(base_url=client.url, transport=httpx.MockTransport(gone))
+        with pytest.raises(Unavailable, match=says):
+            await client.status()
