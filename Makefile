@@ -73,6 +73,9 @@ fuzz: install  ## coverage-guided fuzzing of what decodes a worker's messages, f
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	$(BIN)/python -m benchmarks.fuzz --minutes $(MINUTES)
 
+audit: install  ## known vulnerabilities of what is installed; needs the internet, and says when it got no answer
+	$(BIN)/python .ci/audit.py
+
 lint: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

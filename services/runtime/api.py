@@ -31,11 +31,11 @@ def check_worker_name(name: str) -> str:
 
 def _check_depth(data: Any) -> None:
     level = [data]
-    for _ in range(MAX_DEPTH):
-        inside = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
-        level = [each for each in inside if isinstance(each, dict | list)]
+    for _ in range(MAX_DEPTH + 1):
+        level = [each for each in level if isinstance(each, dict | list)]
         if not level:
             return
+        level = [*chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)]
     raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 

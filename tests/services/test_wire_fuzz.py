@@ -17,13 +17,13 @@ RANDOMS = st.integers(0, 2**32).map(Random)
 GROUP = trajectory_pb2.TrajectoryGroup.DESCRIPTOR
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(random=RANDOMS)
 def test_a_changed_group_is_refused_or_taken(random: Random) -> None:
     decode_all(mutated(seed(random), random))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(data=st.binary(max_size=200))
 @example(data=b"\x7b" * 10_000)
 @example(data=b"\x0a" * 10_000)

@@ -6,6 +6,7 @@ Examples are schemathesis', the same ones every time.
 import asyncio
 from typing import Any
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
@@ -57,6 +58,7 @@ def ask(running: Running, operation: Any, mode: GenerationMode) -> list[int]:
     return statuses
 
 
+@pytest.mark.timeout(400)
 async def test_nothing_that_fits_the_description_or_nearly_does_is_answered_by_500(
     running: Running, learner: Learner
 ) -> None:

@@ -53,6 +53,7 @@ async def ended(streams: list[Any], count: int) -> list[Any]:
 async def test_streams_without_a_hello_take_no_place_from_a_worker(
     running: Running, learner: Learner, ingest: Ingest, doors: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    ingest.servicer._hello_seconds = 3600  # which is not what ends them
     one, two = await lease(running, 2)
     before = await ingest.greeted()
     crowd = [door() for door in doors]

@@ -1,5 +1,6 @@
 """The control plane's client against a real HTTP server: resumed downloads, verified digests, our errors, patience."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -30,6 +31,7 @@ class Server:
         self.path.write_bytes(CONTENT)
         self.ranges: list[str] = []
         self.breaks = 0  # this many answers end in the middle
+        self.endless = False  # an answer goes on for ever
         self.raises: list[Exception] = []
         self.url = ""
 
@@ -41,6 +43,8 @@ class Server:
             if sha256 != BLOB.sha256:
                 raise errors.NotFound("no such blob", where="blobs", fix="fetch the newest")
             self.ranges.append(request.headers.get("range", ""))
+            if self.endless:
+                return StreamingResponse(self._forever())
             if self.breaks:
                 self.breaks -= 1
                 return StreamingResponse(self._half(), headers={"Content-Length": str(BLOB.size)})
@@ -53,6 +57,11 @@ class Server:
             return {}
 
         return app
+
+    async def _forever(self) -> AsyncIterator[bytes]:
+        while True:
+            yield CONTENT
+            await asyncio.sleep(0)  # for the server to notice who has left
 
     async def _half(self) -> AsyncIterator[bytes]:
         yield CONTENT[: BLOB.size // 2]
@@ -118,6 +127,16 @@ async def test_content_with_another_digest_is_refused_and_forgotten(
         server.path.write_bytes(CONTENT[:-1] + b"x")
     with pytest.raises(errors.Mismatch, match=BLOB.sha256[:12]):
         await client.download(BLOB, here)
+    assert names(here) == []
+
+
+async def test_content_without_an_end_is_not_written_beyond_its_size(
+    server: Server, client: ControlPlaneClient, here: Path
+) -> None:
+    server.endless = True
+    async with asyncio.timeout(30):
+        with pytest.raises(errors.Mismatch, match=BLOB.sha256[:12]):
+            await client.download(BLOB, here)
     assert names(here) == []
 
 
