@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NAME = re.compile(r"`([\w./-]+)`:\s*\Z")
-_TOOLS = "sapo|make|torchrun|kubectl"
+_TOOLS = "sapo|make|torchrun|kubectl|docker"
 _INDENTED = re.compile(rf"^ {{4}}(?=(?:\.venv/bin/)?(?:{_TOOLS}) )(.*)$", re.MULTILINE)
 
 

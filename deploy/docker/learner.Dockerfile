@@ -33,12 +33,11 @@ RUN apt-get update \
     && mkdir /runs /cache /secrets \
     && chown sapo:sapo /runs /cache /secrets
 COPY --from=build /opt/sapo /opt/sapo
-# The root file system may be read-only: /tmp, /runs (run.dir is relative to /) and /cache are what is written to.
+# The root file system may be read-only: what is written goes to /runs (run.dir is relative to /) and to /tmp, or to what
+# TMPDIR and XDG_CACHE_HOME name.
 ENV PATH=/opt/sapo/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
-    SAPO_CACHE_DIR=/cache \
-    HF_HOME=/cache/huggingface \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     SAPO_HEALTH_ADDRESS=http://127.0.0.1:9100
 ARG VERSION=0.1.0

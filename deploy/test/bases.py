@@ -15,19 +15,19 @@ PROMETHEUS_FILE = (
 )
 
 
-def make_stand_ins() -> dict[str, str]:
-    """Under the names that docker-compose.yml asks for; returns by name what each really is."""
+def make_stand_ins() -> list[str]:
+    """Under the names that docker-compose.yml asks for; returns what each really is."""
     with tempfile.TemporaryDirectory() as directory:
         _debian("bookworm", ["ca-certificates", "python3", "python3-venv", "python3-pip"], PYTHON, Path(directory))
         _debian("trixie", ["valkey-server", "prometheus"], "localhost/sapo-debian", Path(directory))
         for name, text in ((REDIS, REDIS_FILE), (PROMETHEUS, PROMETHEUS_FILE)):
             (Path(directory) / "Dockerfile").write_text(text)
             run("podman", "build", "--format", "docker", "--isolation", "chroot", "-t", name, directory)
-    return {
-        PYTHON: "Debian bookworm with its python3",
-        REDIS: f"Debian trixie's {_version('valkey-server')}",
-        PROMETHEUS: f"Debian trixie's {_version('prometheus')}",
-    }
+    return [
+        f"`{PYTHON}`: Debian bookworm with its python3",
+        f"`{REDIS}`: Debian trixie with {_version('valkey-server')}",
+        f"`{PROMETHEUS}`: Debian trixie with {_version('prometheus')}",
+    ]
 
 
 def _debian(release: str, packages: list[str], name: str, directory: Path) -> None:

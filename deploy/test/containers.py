@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).parents[2]
 # runc: crun refuses hybrid cgroups. ulimits: podman's own are more than a container of a container may set.
@@ -74,6 +75,7 @@ class Stack:
         """keep: nothing is taken down at the end."""
         self.project, self._keep = project, keep
         self._variables: dict[str, str] = {}
+        self._token = ""
         self._command = [*shlex.split(os.environ.get("COMPOSE", "docker compose")), "-p", project]
         self._command += ["-f", str(ROOT / "docker-compose.yml"), "-f", str(OVERRIDE)]
         self._over = threading.Event()
@@ -114,6 +116,15 @@ class Stack:
         except ValueError:
             raise Failed(done.stderr[-500:]) from None
 
+    def status(self) -> dict[str, Any]:
+        """What the control plane says, asked from outside: `sapo status` takes seconds of a busy machine."""
+        if not self._token:
+            (name,) = self.containers("control-plane")
+            self._token = run("podman", "exec", name, "cat", "/secrets/sapo_token")
+        request = Request("http://127.0.0.1:8080/v1/status", headers={"Authorization": f"Bearer {self._token}"})
+        with urlopen(request, timeout=10) as answer:
+            return dict(json.load(answer))
+
     def _look_after_health(self) -> None:
         """Podman leaves to systemd's timers when health is asked for; here nobody else does."""
         while not self._over.wait(3):
@@ -131,7 +142,13 @@ def eventually(what: str, seconds: float, holds: Any) -> float:
         try:
             if holds():
                 return time.monotonic() - started
-        except (Failed, subprocess.TimeoutExpired, OSError, LookupError, TypeError) as error:  # it is only just starting
+        except (
+            Failed,
+            subprocess.TimeoutExpired,
+            OSError,
+            LookupError,
+            TypeError,
+        ) as error:  # it is only just starting
             last = f": {error}"
-        time.sleep(2)
+        time.sleep(1)
     raise Failed(f"{what}: not within {seconds:.0f} s{last}")

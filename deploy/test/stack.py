@@ -4,22 +4,18 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import signal
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bases import PYTHON, make_stand_ins
 from containers import ROOT, Failed, Stack, build, eventually, podman, run
+from report import Report
 
-RESULTS = ROOT / "benchmarks" / "results" / "deploy.md"
 PASS_AT_1 = 0.90
 IMAGES = {
     "control-plane": ("control-plane.Dockerfile", []),
@@ -27,25 +23,6 @@ IMAGES = {
     "rollout-vllm": ("rollout-vllm.Dockerfile", ["LOCK=rollout-vllm-cpu"]),
 }
 DEMO_SECONDS, RECOVERY_SECONDS = 3600, 600
-CONTROL_PLANE = "http://127.0.0.1:8080"  # inside its container
-Say = Callable[[str], None]
-
-
-@dataclass
-class Report:
-    """What was seen; a part that did not hold is in `failures` too."""
-
-    stand_ins: dict[str, str] = field(default_factory=dict)
-    images: list[tuple[str, float]] = field(default_factory=list)
-    facts: dict[str, list[str]] = field(default_factory=dict)
-    kills: list[tuple[str, float, int]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def check(self, part: str, holds: bool, what: str) -> None:
-        self.facts.setdefault(part, []).append(f"{'yes' if holds else '**NO**'}: {what}")
-        print(f"{part}: {'yes' if holds else 'NO'}: {what}", flush=True)
-        if not holds:
-            self.failures.append(f"{part}: {what}")
 
 
 def build_images(report: Report, options: argparse.Namespace) -> None:
@@ -67,37 +44,30 @@ def measure_images(report: Report, python_image: str) -> None:
     report.images = [(shown, sizes[name]) for name, shown in wanted.items() if name in sizes]
 
 
-def status(stack: Stack) -> dict[str, Any]:
-    return dict(stack.sapo("status", CONTROL_PLANE))
-
-
 def demo(stack: Stack, report: Report) -> None:
     """The demo of README, to its end."""
+    report.part = "demo"
     started = time.monotonic()
-    eventually("the demo ends", DEMO_SECONDS, lambda: status(stack)["state"] == "finished")
-    seconds, last = time.monotonic() - started, status(stack)["evaluations"][-1]
-    report.check("demo", True, f"finished {seconds:.0f} s after the containers were up")
-    report.check(
-        "demo", last["pass_at_1"] >= PASS_AT_1, f"final pass@1 {last['pass_at_1']:.3f} (bar {PASS_AT_1}), step {last['step']}"
-    )  # fmt: skip
-    ledger = stack.sapo("ledger", "/runs/demo", service="control-plane")
-    report.check(
-        "demo",
-        ledger["balanced"],
-        f"ledger balanced, draw by draw: {ledger['trained']} trained of {ledger['accepted']}",
-    )
+    eventually("the demo ends", DEMO_SECONDS, lambda: stack.status()["state"] == "finished")
+    seconds, last = time.monotonic() - started, stack.status()["evaluations"][-1]
+    report.check(True, f"finished {seconds:.0f} s after the containers were up")
+    good = last["pass_at_1"] >= PASS_AT_1
+    report.check(good, f"final pass@1 {last['pass_at_1']:.3f} at step {last['step']} (bar {PASS_AT_1})")
+    ledger = stack.sapo("ledger", "/runs/demo")
+    report.check(ledger["balanced"], f"ledger balanced, draw by draw: {counts(ledger)}")
     (learner,) = stack.containers("learner").values()
     eventually("the learner ends", 120, lambda: not stack.containers("learner")[learner["Name"]]["State"]["Running"])
     (learner,) = stack.containers("learner").values()
-    report.check("demo", learner["State"]["ExitCode"] == 0, f"the learner ended with {learner['State']['ExitCode']}")
+    report.check(learner["State"]["ExitCode"] == 0, f"the learner ended with {learner['State']['ExitCode']}")
     others = [each for each in stack.containers().values() if each["Name"].split("-")[1] not in ("learner", "secrets")]
-    report.check("demo", all(each["State"]["Running"] and not each["RestartCount"] for each in others),
-                 f"the {len(others)} others run, none was restarted")  # fmt: skip
-    report.check(
-        "demo",
-        all(each["State"].get("OOMKilled") is False for each in stack.containers().values()),
-        "no memory limit was reached",
-    )
+    undisturbed = all(each["State"]["Running"] and not each["RestartCount"] for each in others)
+    report.check(undisturbed, f"the {len(others)} others run, none was restarted")
+    full = [name for name, each in stack.containers().items() if each["State"]["OOMKilled"]]
+    report.check(not full, "no memory limit was reached")
+
+
+def counts(ledger: dict[str, Any]) -> str:
+    return ", ".join(f"{ledger[kind]} {kind}" for kind in ("accepted", "trained", "degenerate", "backlog"))
 
 
 def targets() -> list[str]:
@@ -112,21 +82,19 @@ def is_locked_down(stack: Stack, report: Report) -> None:
             continue
         host, user = each["HostConfig"], each["Config"]["User"]
         if not (host["ReadonlyRootfs"] and not each["EffectiveCaps"] and user not in ("", "root", "0")):
-            report.check(
-                "lock-down",
-                False,
-                f"{name}: read-only {host['ReadonlyRootfs']}, {each['EffectiveCaps']}, user {user!r}",
-            )
+            seen = f"read-only {host['ReadonlyRootfs']}, {each['EffectiveCaps']}, user {user!r}"
+            report.check(False, f"{name}: {seen}")
             return
-    report.check("lock-down", True, "every container: read-only root, no capability, a user that is not root")
+    report.check(True, "every container: read-only root, no capability, a user that is not root")
 
 
 def kills(stack: Stack, report: Report) -> None:
     """kill -9 of each container's first process, from outside; podman's restart policy alone brings it back."""
+    report.part = "kills"
     eventually("training begins", DEMO_SECONDS, lambda: steps(stack) >= 3)
     is_locked_down(stack, report)
     eventually("Prometheus reaches five processes", 120, lambda: len(targets()) == 5)
-    report.check("monitoring", True, f"Prometheus scrapes {', '.join(targets())}")
+    report.check(True, f"Prometheus scrapes {', '.join(targets())}")
     for name in [each for each in stack.containers() if "-secrets-" not in each]:
         before, restarts = steps(stack), stack.containers()[name]["RestartCount"]
         os.kill(stack.containers()[name]["State"]["Pid"], signal.SIGKILL)
@@ -138,34 +106,40 @@ def kills(stack: Stack, report: Report) -> None:
         try:
             report.kills.append((name, eventually(f"{name} recovers", RECOVERY_SECONDS, recovered), before))
         except Failed as error:
-            report.failures.append(f"kills: {error}")
+            report.check(False, str(error))
             return
         print(f"killed {name} at step {before}: recovered in {report.kills[-1][1]:.0f} s", flush=True)
     drain(stack, report)
 
 
 def steps(stack: Stack) -> int:
-    return int(status(stack)["learner"]["step"])
+    return int(stack.status()["learner"]["step"])
+
+
+def zombies(stack: Stack) -> list[str]:
+    """Processes that nobody has reaped, by container: none where the first process is an init."""
+    states = {
+        name: run("podman", "top", name, "state").split()[1:] for name in stack.containers() if "-secrets-" not in name
+    }
+    return [name for name, each in states.items() if "Z" in each]
 
 
 def drain(stack: Stack, report: Report) -> None:
     """SIGTERM: workers and learner finish what they do, save, and end with 0."""
+    report.check(not zombies(stack), f"no zombies in {zombies(stack) or 'any container'}")
     step = steps(stack)
     stack.compose("stop", "rollout", "learner")
     ended = {**stack.containers("rollout"), **stack.containers("learner")}
     codes = {name: each["State"]["ExitCode"] for name, each in ended.items()}
-    report.check(
-        "kills", not any(codes.values()), f"docker compose stop at step {step}: exit codes {sorted(codes.values())}"
-    )
-    ledger = stack.sapo("ledger", "/runs/kills", service="control-plane")
-    accepted = ", ".join(f"{ledger[kind]} {kind}" for kind in ("accepted", "trained", "degenerate", "backlog"))
-    report.check("kills", ledger["balanced"], f"ledger balanced, draw by draw, after all kills: {accepted}")
+    report.check(not any(codes.values()), f"docker compose stop at step {step}: exit codes {sorted(codes.values())}")
+    ledger = stack.sapo("ledger", "/runs/kills")
+    report.check(ledger["balanced"], f"ledger balanced, draw by draw, after all kills: {counts(ledger)}")
 
 
 def run_parts(report: Report, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as directory, podman():
         if options.stand_ins:
-            report.stand_ins = make_stand_ins()
+            report.stand_ins += make_stand_ins()
         if "build" in options.part:
             build_images(report, options)
         measure_images(report, options.python_image)
@@ -184,44 +158,6 @@ def run_parts(report: Report, options: argparse.Namespace) -> None:
                 kills(stack, report)
 
 
-def write(report: Report, options: argparse.Namespace) -> None:
-    lines = [
-        "# What the images and the compose file do", "", f"    deploy/test/run --part {' --part '.join(options.part)}", "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores ({platform.machine()}), shared with other work; "
-        f"{run('podman', '--version').strip()}, Compose {compose_version()}.", "",
-    ]  # fmt: skip
-    if report.stand_ins or options.stood_in:
-        lines += ["No registry could be reached. In place of images from there:", ""]
-        lines += [f"- `{name}`: {what}" for name, what in report.stand_ins.items()]
-        lines += [f"- {what}" for what in options.stood_in]
-        lines += ["- `grafana/grafana`: nothing; it is not in Debian, so it was left out and is untested", ""]
-    lines += [
-        "| image | MB, unpacked |",
-        "|---|---|",
-        *(f"| `{name}` | {size:.0f} |" for name, size in report.images),
-        "",
-    ]
-    for part, facts in report.facts.items():
-        lines += [f"## {part.capitalize()}", "", *(f"- {fact}" for fact in facts), ""]
-    if report.kills:
-        lines += ["kill -9 of each container's first process, from the host, while it trains. Podman's restart policy brought it back;",
-                  "recovered: it runs again, and five more steps were done.", "",
-                  "| killed | at step | recovered after, s |", "|---|---|---|"]  # fmt: skip
-        lines += [f"| {name} | {step} | {seconds:.0f} |" for name, seconds, step in report.kills] + [""]
-    lines += [
-        "## Verdict",
-        "",
-        *([f"- failed: {each}" for each in report.failures] or ["Everything that was tried held."]),
-        "",
-    ]
-    RESULTS.write_text("\n".join(lines))
-
-
-def compose_version() -> str:
-    words = os.environ.get("COMPOSE", "docker compose").split()
-    return run(*words, "version", "--short").strip()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="deploy/test/run", description=__doc__)
     parser.add_argument("--part", action="append", choices=["build", "demo", "kills"], help="default: all three")
@@ -238,13 +174,13 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave containers and volumes as they are")
     options = parser.parse_args()
     options.part = options.part or ["build", "demo", "kills"]
-    report = Report()
+    report = Report(stand_ins=options.stood_in)
     try:
         run_parts(report, options)
     except Failed as error:
-        report.failures.append(str(error))
+        report.check(False, str(error))
     with contextlib.suppress(Failed):
-        write(report, options)
+        report.write()
     print("\n".join(report.failures) or "everything held", file=sys.stderr)
     return 1 if report.failures else 0
 

@@ -123,6 +123,14 @@ def test_a_service_of_ours_is_told_what_it_reads_and_runs_what_there_is(service:
     command.make_context(command_name, arguments).close()
 
 
+@pytest.mark.parametrize("service", [each for each in SERVICES if each.values[0]["image"].startswith(OURS)])
+def test_a_volume_is_mounted_where_the_image_has_a_directory_of_its_user(service: dict[str, Any]) -> None:
+    """Else it would belong to root, and nothing could be written into it."""
+    made = re.findall(r" mkdir (.*) \\\n    && chown sapo:sapo \1", (ROOT / service["build"]["dockerfile"]).read_text())
+    named = [each.split(":")[1] for each in service["volumes"] if not each.startswith(("./", "/"))]
+    assert set(named) <= set(made[0].split())
+
+
 def test_the_stack_is_what_the_issue_of_a_run_needs() -> None:
     started = {name for name, service in services() if not service.get("profiles")}
     assert started == {

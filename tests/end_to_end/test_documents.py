@@ -33,6 +33,26 @@ def click_command(words: list[str]) -> tuple[object, list[str]]:
     return command, words
 
 
+def inside_a_container(words: list[str]) -> list[str]:
+    """What `docker compose exec SERVICE sapo ...` asks of `sapo`, [] for another command of Compose."""
+    compose, command, *rest = words
+    assert (compose, command in {"up", "exec", "stop", "down"}) == ("compose", True), words
+    if command != "exec":
+        return []
+    service, program, *arguments = rest
+    assert service in yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    return arguments if program == "sapo" else []
+
+
+def test_a_command_for_a_container_is_taken_apart() -> None:
+    asked = ["compose", "exec", "control-plane", "sapo", "ledger", "/runs/demo"]
+    assert inside_a_container(asked) == ["ledger", "/runs/demo"]
+    assert inside_a_container(["compose", "exec", "redis", "cat", "/secrets/redis.conf"]) == []
+    assert inside_a_container(["compose", "up"]) == []
+    with pytest.raises(AssertionError):
+        inside_a_container(["compose", "exec", "nobody", "sapo", "ledger", "/runs/demo"])
+
+
 @pytest.mark.parametrize("command", named(COMMANDS))
 def test_every_command_is_understood_by_its_own_tool(command: Command) -> None:
     tool, *words = shlex.split(command.text)
@@ -45,6 +65,11 @@ def test_every_command_is_understood_by_its_own_tool(command: Command) -> None:
     if tool == "kubectl":
         assert command.excused
         return
+    if tool == "docker":
+        assert command.excused
+        words = inside_a_container(words)
+        if not words:
+            return
     if tool == "torchrun":
         asked = get_args_parser().parse_args(words)
         assert asked.module

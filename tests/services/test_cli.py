@@ -121,6 +121,15 @@ async def test_health_tells_scripts_and_people_the_same() -> None:
         assert json.loads(for_scripts.out) == {"ready": True, "waiting_for": []}
 
 
+async def test_a_health_check_of_an_image_asks_the_address_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    lifecycle = Lifecycle()
+    async with serving(probe_app(lifecycle, ControlPlaneMetrics().registry), "127.0.0.1:0") as url:
+        monkeypatch.setenv("SAPO_HEALTH_ADDRESS", url)
+        assert (await asyncio.to_thread(sapo, "health")).code == 8
+        lifecycle.ready()
+        assert await asyncio.to_thread(sapo, "health") == Outcome(0, "ready\n", "")
+
+
 async def test_status_and_ledger_by_url(running: Running, learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAPO_TOKEN", "the-run's-token")
     monkeypatch.setenv("COLUMNS", "20")

@@ -18,7 +18,7 @@ OF_TORCH = ["filelock", "fsspec", "networkx", "setuptools", "sympy", "typing-ext
 TORCHES = ("torch", "torchvision", "torchaudio", "torchcodec", "triton")
 WITHOUT_TORCH = [f"{each} ; sys_platform == 'never'" for each in TORCHES]
 """Overrides: nobody gets torch, nor the libraries of whichever build of it the index at hand serves. torch's builds for
-CPUs come from another index, so torch.txt has it by its version; vLLM's companions of it, CUDA builds, are of no use."""
+CPUs come from another index, so torch.txt has it by its version; vLLM's companions of it, for CUDA, are of no use."""
 
 
 def requirements() -> dict[str, list[str]]:
