@@ -58,7 +58,7 @@ def test_containers_run_commands_that_exist_and_listen_where_others_look(manifes
         else:
             assert tool == "sapo"
         parameters = parsed_by_sapo(words).params
-        listens[each.component] = {name: value for name, value in parameters.items() if "listen" in name}
+        listens[each.component] = {name: value for name, value in parameters.items() if "listen" in name and value}
     assert listens == {
         "control-plane": {"listen": "0.0.0.0:8080"},
         "ingest": {"listen": "0.0.0.0:8081", "http_listen": "0.0.0.0:9100"},
