@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 
 from protos.sapo.v1 import ingest_pb2, trajectory_pb2
@@ -31,6 +32,11 @@ TEXTS = (
     "00-" + "0" * 32 + "-" + "1" * 16 + "-01",
 )
 BYTES = (b"", b"\0", b"\1\2", b"\xff" * 4, b"\0" * 4096, b"\0\0\xc0\x7f", b"\0\0\x80\xff")
+_VALUES: dict[int, tuple[Any, ...]] = {
+    FieldDescriptor.CPPTYPE_DOUBLE: REALS,
+    FieldDescriptor.CPPTYPE_STRING: (*TEXTS, *BYTES),
+    FieldDescriptor.CPPTYPE_ENUM: (0, 1, 2, 3, 4, 99, -1),
+}
 
 
 def seed(random: Random) -> trajectory_pb2.TrajectoryGroup:
@@ -50,8 +56,11 @@ def mutated(message: trajectory_pb2.TrajectoryGroup, random: Random) -> bytes:
 
 
 def _change_field(message: Any, random: Random) -> None:
-    """Somewhere inside, as deep as chance goes."""
-    field = random.choice(message.DESCRIPTOR.fields)
+    """Somewhere inside, as deep as chance goes: most fields are a response's."""
+    fields = message.DESCRIPTOR.fields
+    field = next(
+        (each for each in fields if each.name == "trajectories" and random.random() < 0.5), random.choice(fields)
+    )
     if random.random() < 0.1:
         message.ClearField(field.name)
     elif field.message_type is not None and field.message_type.GetOptions().map_entry:
@@ -62,7 +71,7 @@ def _change_field(message: Any, random: Random) -> None:
         _change_field(getattr(message, field.name), random)
     else:
         with suppress(ValueError, TypeError):  # not every value fits every type
-            setattr(message, field.name, random.choice((*NUMBERS, *REALS, *TEXTS, *BYTES)))
+            setattr(message, field.name, random.choice(_VALUES.get(field.cpp_type, NUMBERS)))
 
 
 def _change_repeated(values: Any, random: Random) -> None:

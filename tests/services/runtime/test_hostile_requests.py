@@ -13,7 +13,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from starlette.types import Message
 
@@ -149,14 +149,16 @@ async def test_an_upload_states_a_length_that_the_disk_has_room_for(
 # ---- names that are paths
 
 _PIECES = st.sampled_from(
-    ["..", ".", "/", "\\", "%2e%2e", "%2f", "%5c", "%00", "~", "run.yaml", "../../staged-config.json",
-     "blobs", "manifests", "facts.json",
+    ["..", ".", "/", "\\", "%2e%2e", "%2f", "%5c", "%00", "~", "run.yaml", "staged", "blobs", "manifests", "facts.json",
      "00000000.json", "1-1", "0" * 64, "é", "\t", "%0a", ";", "?", "#", "*"]
 )  # fmt: skip
 _NAMES = st.lists(_PIECES, min_size=1, max_size=8).map("".join)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(name="../../staged-config.json", route="blobs", encoded=False)
+@example(name="../../staged-config.json", route="blobs", encoded=True)
+@example(name="../staged-config", route="groups", encoded=True)
 @given(name=_NAMES, route=st.sampled_from(["blobs", "groups", "policies"]), encoded=st.booleans())
 async def test_no_name_leads_out_of_its_directory(
     running: Running, learner: Learner, tmp_path: Path, name: str, route: str, encoded: bool
