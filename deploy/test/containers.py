@@ -66,6 +66,7 @@ def podman() -> Iterator[None]:
         finally:
             service.terminate()
             service.wait()
+            del os.environ["CONTAINERS_CONF"], os.environ["DOCKER_HOST"]
 
 
 class Stack:

@@ -12,7 +12,8 @@ from containers import ROOT, run
 RESULTS = ROOT / "benchmarks" / "results" / "deploy.md"
 KILLS = """
 kill -9 of each container's first process, from the host, while it trains; podman's restart policy alone brings it back.
-Recovered: it runs again, and five more steps were done.
+Recovered: it runs again, and five more steps were done. About a minute is `pacing.lease_seconds`, by default 60: so
+long the draws of a killed worker are waited for, and those that a killed control plane had granted unheard.
 
 | killed | at step | recovered after, s |
 |---|---|---|"""
@@ -37,8 +38,10 @@ class Report:
 
     def write(self) -> None:
         sections = dict(_SECTION.findall(RESULTS.read_text())) if RESULTS.exists() else {}
-        sections |= {title: text.strip() + "\n\n" for title, text in self._sections().items()}
-        body = [f"## {title}\n\n{sections[title]}" for title in ("Images", "Demo", "Kills") if title in sections]
+        sections |= self._sections()
+        body = [
+            f"## {title}\n\n{sections[title].strip()}\n\n" for title in ("Images", "Demo", "Kills") if title in sections
+        ]
         RESULTS.write_text("".join([self._head(), *body]).rstrip() + "\n")
 
     def _head(self) -> str:

@@ -1,7 +1,6 @@
 """`deploy/test/run`: images built, the demo run by Compose to its end, every container killed in turn; the report."""
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -38,9 +37,8 @@ def build_images(report: Report, options: argparse.Namespace) -> None:
 def measure_images(report: Report, python_image: str) -> None:
     listed = json.loads(run("podman", "images", "--format", "json"))
     sizes = {name: each["Size"] / 1e6 for each in listed for name in each.get("Names") or []}
-    wanted = {f"localhost/sapo/{name}:dev": f"sapo/{name}" for name in IMAGES} | {
-        python_image: f"{python_image} (base)"
-    }
+    wanted = {f"localhost/sapo/{name}:dev": " ".join([f"sapo/{name}", *given]) for name, (_, given) in IMAGES.items()}
+    wanted[python_image] = f"{python_image} (base)"
     report.images = [(shown, sizes[name]) for name, shown in wanted.items() if name in sizes]
 
 
@@ -71,9 +69,10 @@ def counts(ledger: dict[str, Any]) -> str:
 
 
 def targets() -> list[str]:
-    """Processes that Prometheus reaches."""
-    with urllib.request.urlopen("http://127.0.0.1:9090/api/v1/query?query=up==1", timeout=10) as answer:
-        return sorted(each["metric"]["job"] for each in json.load(answer)["data"]["result"])
+    """Processes that Prometheus reaches, by job."""
+    with urllib.request.urlopen("http://127.0.0.1:9090/api/v1/targets?state=active", timeout=10) as answer:
+        active = json.load(answer)["data"]["activeTargets"]
+    return sorted(each["labels"]["job"] for each in active if each["health"] == "up")
 
 
 def is_locked_down(stack: Stack, report: Report) -> None:
@@ -124,8 +123,16 @@ def zombies(stack: Stack) -> list[str]:
     return [name for name, each in states.items() if "Z" in each]
 
 
+def is_healthy(container: dict[str, Any]) -> bool:
+    """Or is the one that has done its work and ended. One that is still loading modules would end undrained."""
+    return "-secrets-" in container["Name"] or container["State"]["Health"]["Status"] == "healthy"
+
+
 def drain(stack: Stack, report: Report) -> None:
     """SIGTERM: workers and learner finish what they do, save, and end with 0."""
+    eventually(
+        "every container is healthy", RECOVERY_SECONDS, lambda: all(map(is_healthy, stack.containers().values()))
+    )
     report.check(not zombies(stack), f"no zombies in {zombies(stack) or 'any container'}")
     step = steps(stack)
     stack.compose("stop", "rollout", "learner")
@@ -179,8 +186,7 @@ def main() -> int:
         run_parts(report, options)
     except Failed as error:
         report.check(False, str(error))
-    with contextlib.suppress(Failed):
-        report.write()
+    report.write()
     print("\n".join(report.failures) or "everything held", file=sys.stderr)
     return 1 if report.failures else 0
 
