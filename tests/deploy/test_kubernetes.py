@@ -89,7 +89,9 @@ def test_no_rule_is_broken(rule: Rule, manifests: Manifests) -> None:
     assert list(rule(manifests)) == []
 
 
-@pytest.mark.parametrize(("rule", "right", "wrong", "findings"), BROKEN, ids=lambda each: getattr(each, "__name__", str(each)[:40]))
+@pytest.mark.parametrize(
+    ("rule", "right", "wrong", "findings"), BROKEN, ids=lambda each: getattr(each, "__name__", str(each)[:40])
+)
 def test_a_broken_rule_is_found(rule: Rule, right: str, wrong: str, findings: int, texts: dict[str, str]) -> None:
     assert right in texts["demo"]
     assert len(list(rule(Manifests(texts["demo"].replace(right, wrong))))) == findings
