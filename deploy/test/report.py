@@ -12,8 +12,8 @@ from containers import ROOT, run
 RESULTS = ROOT / "benchmarks" / "results" / "deploy.md"
 KILLS = """
 kill -9 of each container's first process, from the host, while it trains; podman's restart policy alone brings it back.
-Recovered: it runs again, and five more steps were done. About a minute is `pacing.lease_seconds`, by default 60: so
-long the draws of a killed worker are waited for, and those that a killed control plane had granted unheard.
+Recovered: it runs again, and five more steps were done. Where it takes about a minute, that is `pacing.lease_seconds`:
+so long draws are waited for that a killed control plane had granted unheard.
 
 | killed | at step | recovered after, s |
 |---|---|---|"""
@@ -29,9 +29,12 @@ class Report:
     kills: list[tuple[str, float, int]] = field(default_factory=list)  # container, seconds until it recovered, step
     failures: list[str] = field(default_factory=list)
 
+    def note(self, what: str) -> None:
+        self.facts.setdefault(self.part, []).append(what)
+
     def check(self, holds: bool, what: str) -> None:
         line = f"{'yes' if holds else '**NO**'}: {what}"
-        self.facts.setdefault(self.part, []).append(line)
+        self.note(line)
         print(f"{self.part}: {line}", flush=True)
         if not holds:
             self.failures.append(f"{self.part}: {what}")
@@ -40,7 +43,9 @@ class Report:
         sections = dict(_SECTION.findall(RESULTS.read_text())) if RESULTS.exists() else {}
         sections |= self._sections()
         body = [
-            f"## {title}\n\n{sections[title].strip()}\n\n" for title in ("Images", "Demo", "Kills") if title in sections
+            f"## {title}\n\n{sections[title].strip()}\n\n"
+            for title in ("Images", "Demo", "Kills", "Kubernetes")
+            if title in sections
         ]
         RESULTS.write_text("".join([self._head(), *body]).rstrip() + "\n")
 

@@ -1,9 +1,12 @@
-"""`deploy/test/run`: images built, the demo run by Compose to its end, every container killed in turn; the report."""
+"""`deploy/test/run`: images built, the demo run by Compose to its end, every container killed in turn, the rendered
+manifests of Kubernetes played by podman; the report."""
 
 import argparse
 import json
 import os
+import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +19,7 @@ from containers import ROOT, Failed, Stack, build, eventually, podman, run
 from report import Report
 
 PASS_AT_1 = 0.90
+PARTS = ["build", "demo", "kills", "kubernetes"]
 IMAGES = {
     "control-plane": ("control-plane.Dockerfile", []),
     "learner": ("learner.Dockerfile", []),
@@ -143,6 +147,27 @@ def drain(stack: Stack, report: Report) -> None:
     report.check(ledger["balanced"], f"ledger balanced, draw by draw, after all kills: {counts(ledger)}")
 
 
+def kubernetes(report: Report, redis: str) -> None:
+    """The overlay `demo` as far as podman plays it, and what it does not."""
+    report.part = "kubernetes"
+    secret = ROOT / "deploy" / "kubernetes" / "secret" / "secret.env"
+    made = not secret.exists()
+    if made:
+        secret.write_text(f"SAPO_TOKEN={secrets.token_hex(32)}\nREDIS_PASSWORD={secrets.token_hex(32)}\n")
+    images = ["--control-plane", "localhost/sapo/control-plane:dev", "--learner", "localhost/sapo/learner:dev"]
+    command = [sys.executable, str(Path(__file__).parent / "kube_play.py"), *images, "--redis", redis]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEMO_SECONDS)
+    finally:
+        if made:
+            secret.unlink()
+    for line in done.stdout.splitlines():
+        if line.startswith("- "):
+            report.note(line.removeprefix("- "))
+    why = "" if done.returncode == 0 else f": {(done.stderr or done.stdout).strip()[-300:]}"
+    report.check(not why, f"the run ends, its learner with 0, its ledger balanced{why}")
+
+
 def run_parts(report: Report, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as directory, podman():
         if options.stand_ins:
@@ -150,6 +175,8 @@ def run_parts(report: Report, options: argparse.Namespace) -> None:
         if "build" in options.part:
             build_images(report, options)
         measure_images(report, options.python_image)
+        if "kubernetes" in options.part:
+            kubernetes(report, options.redis_image)
         if not {"demo", "kills"} & set(options.part):
             return
         # Endless: it is stopped, not awaited.
@@ -167,11 +194,12 @@ def run_parts(report: Report, options: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="deploy/test/run", description=__doc__)
-    parser.add_argument("--part", action="append", choices=["build", "demo", "kills"], help="default: all three")
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: all four")
     parser.add_argument(
         "--image", action="append", choices=sorted(IMAGES), help="what is built; default: all but vLLM's"
     )
     parser.add_argument("--python-image", default=PYTHON, help="what ours are built on")
+    parser.add_argument("--redis-image", default="docker.io/valkey/valkey:8.1", help="that podman plays")
     parser.add_argument("--stand-ins", action="store_true", help="make the bases of Debian packages (mmdebstrap) first")
     parser.add_argument(
         "--stood-in", action="append", default=[], help="a line for the report, when they were made before"
@@ -180,7 +208,7 @@ def main() -> int:
     parser.add_argument("--build-arg", action="append", default=[])
     parser.add_argument("--keep", action="store_true", help="leave containers and volumes as they are")
     options = parser.parse_args()
-    options.part = options.part or ["build", "demo", "kills"]
+    options.part = options.part or PARTS
     report = Report(stand_ins=options.stood_in)
     try:
         run_parts(report, options)
