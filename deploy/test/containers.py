@@ -23,7 +23,6 @@ runtime = "runc"
 [network]
 network_backend = "netavark"
 """
-OVERRIDE = ROOT / "deploy" / "test" / "podman.yml"
 
 
 class Failed(Exception):
@@ -72,13 +71,14 @@ def podman() -> Iterator[None]:
 class Stack:
     """One project of Compose."""
 
-    def __init__(self, project: str, *, keep: bool = False) -> None:
-        """keep: nothing is taken down at the end."""
+    def __init__(self, project: str, *overrides: str, keep: bool = False) -> None:
+        """overrides: files beside this one. keep: nothing is taken down at the end."""
         self.project, self._keep = project, keep
         self._variables: dict[str, str] = {}
         self._token = ""
         self._command = [*shlex.split(os.environ.get("COMPOSE", "docker compose")), "-p", project]
-        self._command += ["-f", str(ROOT / "docker-compose.yml"), "-f", str(OVERRIDE)]
+        files = [ROOT / "docker-compose.yml", *(Path(__file__).parent / name for name in ("podman.yml", *overrides))]
+        self._command += [word for each in files for word in ("-f", str(each))]
         self._over = threading.Event()
 
     def __enter__(self) -> "Stack":
@@ -90,11 +90,11 @@ class Stack:
         if not self._keep:
             self.compose("down", "--volumes", "--timeout", "70")
 
-    def up(self, **variables: str) -> None:
-        """Start it, anew when the variables are others than before."""
+    def up(self, *services: str, **variables: str) -> None:
+        """Start these, or all that have no profile; anew when the variables are others than before."""
         again = ["--force-recreate"] if variables != self._variables else []
         self._variables = variables
-        self.compose("up", "--no-build", "--detach", *again)
+        self.compose("up", "--no-build", "--detach", *again, *services)
 
     def compose(self, *words: str) -> str:
         return run(*self._command, *words, timeout=1200, environment=self._variables)
@@ -143,13 +143,8 @@ def eventually(what: str, seconds: float, holds: Any) -> float:
         try:
             if holds():
                 return time.monotonic() - started
-        except (
-            Failed,
-            subprocess.TimeoutExpired,
-            OSError,
-            LookupError,
-            TypeError,
-        ) as error:  # it is only just starting
+        # It is only just starting.
+        except (Failed, subprocess.TimeoutExpired, OSError, LookupError, TypeError) as error:
             last = f": {error}"
         time.sleep(1)
     raise Failed(f"{what}: not within {seconds:.0f} s{last}")

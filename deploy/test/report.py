@@ -22,7 +22,7 @@ _SECTION = re.compile(r"^## (\w+)\n\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL
 
 @dataclass
 class Report:
-    part: str = "images"  # the one that goes on
+    part: str = "Images"  # the one that goes on
     stand_ins: list[str] = field(default_factory=list)
     images: list[tuple[str, float]] = field(default_factory=list)  # name, megabytes
     facts: dict[str, list[str]] = field(default_factory=dict)  # by part
@@ -66,9 +66,7 @@ class Report:
         rows = [f"| `{name}` | {size:.0f} |" for name, size in self.images]
         made = {"Images": "\n".join(["| image | MB, unpacked |", "|---|---|", *rows])} if rows else {}
         for part, facts in self.facts.items():
-            made[part.capitalize()] = "\n".join(
-                [f"{datetime.now(UTC):%Y-%m-%d}.", "", *(f"- {fact}" for fact in facts)]
-            )
+            made[part] = "\n".join([f"{datetime.now(UTC):%Y-%m-%d}.", "", *(f"- {fact}" for fact in facts)])
         if self.kills:
             table = [KILLS, *(f"| {name} | {step} | {seconds:.0f} |" for name, seconds, step in self.kills)]
             made["Kills"] = "\n".join([made.get("Kills", ""), *table])

@@ -1,5 +1,5 @@
-"""`deploy/test/run`: images built, the demo run by Compose to its end, every container killed in turn, the rendered
-manifests of Kubernetes played by podman; the report."""
+"""`deploy/test/run`: images built, the demo run by Compose to its end, every container killed in turn, a few steps with
+vLLM's image, the rendered manifests of Kubernetes played by podman; the report."""
 
 import argparse
 import json
@@ -19,7 +19,8 @@ from containers import ROOT, Failed, Stack, build, eventually, podman, run
 from report import Report
 
 PASS_AT_1 = 0.90
-PARTS = ["build", "demo", "kills", "kubernetes"]
+PARTS = ["build", "demo", "kills", "vllm", "kubernetes"]
+VLLM_STEPS = 6
 IMAGES = {
     "control-plane": ("control-plane.Dockerfile", []),
     "learner": ("learner.Dockerfile", []),
@@ -29,7 +30,7 @@ DEMO_SECONDS, RECOVERY_SECONDS = 3600, 600
 
 
 def build_images(report: Report, options: argparse.Namespace) -> None:
-    for name in options.image or ["control-plane", "learner"]:
+    for name in options.image or IMAGES:
         dockerfile, arguments = IMAGES[name]
         revision = run("git", "rev-parse", "HEAD").strip()
         given = [f"PYTHON_IMAGE={options.python_image}", f"REVISION={revision}", *arguments, *options.build_arg]
@@ -48,7 +49,7 @@ def measure_images(report: Report, python_image: str) -> None:
 
 def demo(stack: Stack, report: Report) -> None:
     """The demo of README, to its end."""
-    report.part = "demo"
+    report.part = "Demo"
     started = time.monotonic()
     eventually("the demo ends", DEMO_SECONDS, lambda: stack.status()["state"] == "finished")
     seconds, last = time.monotonic() - started, stack.status()["evaluations"][-1]
@@ -93,7 +94,7 @@ def is_locked_down(stack: Stack, report: Report) -> None:
 
 def kills(stack: Stack, report: Report) -> None:
     """kill -9 of each container's first process, from outside; podman's restart policy alone brings it back."""
-    report.part = "kills"
+    report.part = "Kills"
     eventually("training begins", DEMO_SECONDS, lambda: steps(stack) >= 3)
     is_locked_down(stack, report)
     eventually("Prometheus reaches five processes", 120, lambda: len(targets()) == 5)
@@ -147,9 +148,25 @@ def drain(stack: Stack, report: Report) -> None:
     report.check(ledger["balanced"], f"ledger balanced, draw by draw, after all kills: {counts(ledger)}")
 
 
+def vllm(stack: Stack, report: Report) -> None:
+    """A worker from vLLM's image, here for CPUs, samples a short run by itself."""
+    report.part = "vLLM"
+    eventually("the run ends", DEMO_SECONDS, lambda: stack.status()["state"] == "finished")
+    (worker,) = stack.containers("rollout-vllm").values()
+    (heard,) = stack.status()["workers"]
+    report.check(heard["version"] > 0, f"it alone sampled {VLLM_STEPS} steps; it serves version {heard['version']} now")
+    report.check(not worker["RestartCount"], "it was not restarted")
+    report.check(worker["HostConfig"]["ReadonlyRootfs"], "on a read-only root, as a user that is not root")
+    ledger = stack.sapo("ledger", "/runs/vllm")
+    report.check(ledger["balanced"], f"ledger balanced, draw by draw: {counts(ledger)}")
+    stack.compose("stop", "rollout-vllm")
+    (worker,) = stack.containers("rollout-vllm").values()
+    report.check(worker["State"]["ExitCode"] == 0, f"docker compose stop: exit code {worker['State']['ExitCode']}")
+
+
 def kubernetes(report: Report, redis: str) -> None:
     """The overlay `demo` as far as podman plays it, and what it does not."""
-    report.part = "kubernetes"
+    report.part = "Kubernetes"
     secret = ROOT / "deploy" / "kubernetes" / "secret" / "secret.env"
     made = not secret.exists()
     if made:
@@ -177,10 +194,19 @@ def run_parts(report: Report, options: argparse.Namespace) -> None:
         measure_images(report, options.python_image)
         if "kubernetes" in options.part:
             kubernetes(report, options.redis_image)
+        text = (ROOT / "deploy/examples/demo.yaml").read_text()
+        if "vllm" in options.part:
+            short = Path(directory) / "vllm.yaml"
+            short.write_text(
+                text.replace("name: demo", "name: vllm").replace("steps: 150", f"steps: {VLLM_STEPS}")
+                + "engine: {name: vllm}\n"
+            )
+            with Stack("sapo", "vllm-cpu.yml", keep=options.keep) as stack:
+                stack.up("learner", "rollout-vllm", SAPO_RUN=str(short))
+                vllm(stack, report)
         if not {"demo", "kills"} & set(options.part):
             return
         # Endless: it is stopped, not awaited.
-        text = (ROOT / "deploy/examples/demo.yaml").read_text()
         endless = Path(directory) / "kills.yaml"
         endless.write_text(text.replace("name: demo", "name: kills").replace("steps: 150", "steps: 100000"))
         with Stack("sapo", keep=options.keep) as stack:
@@ -194,10 +220,8 @@ def run_parts(report: Report, options: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="deploy/test/run", description=__doc__)
-    parser.add_argument("--part", action="append", choices=PARTS, help="default: all four")
-    parser.add_argument(
-        "--image", action="append", choices=sorted(IMAGES), help="what is built; default: all but vLLM's"
-    )
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: all of them")
+    parser.add_argument("--image", action="append", choices=sorted(IMAGES), help="what is built; default: all of them")
     parser.add_argument("--python-image", default=PYTHON, help="what ours are built on")
     parser.add_argument("--redis-image", default="docker.io/valkey/valkey:8.1", help="that podman plays")
     parser.add_argument("--stand-ins", action="store_true", help="make the bases of Debian packages (mmdebstrap) first")
