@@ -17,6 +17,7 @@ from services.runtime import api
 from services.runtime.auth import Tokens
 from services.runtime.http import Door
 from services.runtime.seldom import Seldom
+from services.runtime.stated_length import stated_length
 
 log = logging.getLogger(__name__)
 MAX_EVENT_STREAMS = 512
@@ -124,10 +125,9 @@ def _snapshots(router: APIRouter, plane: ControlPlane) -> None:
 
     @router.put("/blobs/{sha256}", status_code=201)
     async def upload(sha256: str, request: Request) -> Response:
-        length = request.headers.get("content-length", "")
-        if not length.isdigit():
+        if (length := stated_length(request.headers)) is None:
             raise ConfigError("an upload states its length", where=request.url.path)
-        await plane.policies.blobs.put(sha256, request.stream(), int(length))
+        await plane.policies.blobs.put(sha256, request.stream(), length)
         return JSONResponse({}, status_code=201)
 
     @router.head("/blobs/{sha256}")

@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from sapo_learner.errors import ConfigError, NotFound, Unauthenticated
 from services.runtime.auth import VIEWERS, Tokens
 from services.runtime.seldom import Seldom
+from services.runtime.stated_length import stated_length
 
 log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
@@ -58,8 +59,8 @@ class Pages:
 
     async def _login(self, request: Request) -> Response:
         """A form with the field `token`."""
-        length = request.headers.get("content-length", "")
-        if not length.isdigit() or int(length) > MAX_FORM_BYTES:
+        length = stated_length(request.headers)
+        if length is None or length > MAX_FORM_BYTES:
             raise ConfigError(f"a login states a length of at most {MAX_FORM_BYTES} bytes", where="/login")
         try:
             async with asyncio.timeout(FORM_SECONDS):  # of somebody who has no token yet

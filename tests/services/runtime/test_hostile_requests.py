@@ -137,6 +137,7 @@ async def test_an_upload_states_a_length_that_the_disk_has_room_for(
     for header, status, said in (
         (f"Content-Length: {1 << 40}\r\n", b"503", "1099511627776 bytes do not fit into the 1073741824 that are free"),
         ("Transfer-Encoding: chunked\r\n", b"422", "an upload states its length"),
+        ("Content-Length: 2\r\nTransfer-Encoding: chunked\r\n", b"422", "an upload states its length"),
     ):
         reader, writer = await raw(running, f"{put}{header}\r\n")  # and not a byte of it
         async with asyncio.timeout(10):
@@ -144,6 +145,15 @@ async def test_an_upload_states_a_length_that_the_disk_has_room_for(
             assert said in (await reader.readuntil(b"}}")).decode()
         writer.close()
     assert not list(tmp_path.rglob("*.upload"))
+
+
+async def test_a_login_of_a_stated_length_is_no_longer_than_that(running: Running) -> None:
+    """Beside `chunked` a stated length bounds nothing, and whoever logs in has no token yet."""
+    head = "POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    reader, writer = await raw(running, head)  # and not a byte of it
+    async with asyncio.timeout(5):
+        assert b"422" in await reader.readline()
+    writer.close()
 
 
 # ---- names that are paths
