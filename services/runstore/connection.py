@@ -33,10 +33,11 @@ class Connection:
     """Base of the parts of RunStore. Every call is idempotent, so it is repeated for up to `timeout` seconds."""
 
     def __init__(self, url: str, run: str, *, timeout: float) -> None:
-        self.run, self.timeout, self.address = run, timeout, _address(url)
+        self.run, self.timeout = run, timeout
         self._keys = Keys(run)
         self._sources: dict[str, Any] = {}
         try:
+            self.address = _address(url)
             self._redis: Any = redis_asyncio.Redis.from_url(
                 url,
                 protocol=2,  # pinned: redis-py's replies differ between protocols
@@ -46,9 +47,11 @@ class Connection:
                 retry=Retry(NoBackoff(), 0),  # retries are ours: one place, one limit
                 health_check_interval=30,
             )
-        except ValueError as error:
+        except ValueError:  # which quotes what it took for the port: with a / in the password, a part of that
             raise ConfigError(
-                f"not a Redis address: {error}", fix="SAPO_REDIS_URL=redis://:PASSWORD@HOST:PORT/0"
+                "not a Redis address",
+                fix="SAPO_REDIS_URL=redis://:PASSWORD@HOST:PORT/0, in the password % and two hexadecimal digits for "
+                "each of :/?#[]@%",
             ) from None
 
     @classmethod

@@ -67,6 +67,13 @@ async def test_a_server_that_is_not_there_is_named_without_its_password(tmp_path
         await RunStore.connect("http://localhost", "r")
 
 
+@pytest.mark.parametrize("password", ["hush/1", "hush#1", "hush?1", "hush[", "hush]"])
+async def test_a_password_that_makes_no_address_is_not_said(password):
+    with pytest.raises(ConfigError, match="in the password %") as raised:
+        await RunStore.connect(f"redis://:{password}@localhost:6379/0", "r", timeout=0.3)
+    assert "hush" not in str(raised.value)
+
+
 async def test_connecting_waits_for_a_server_that_starts_later(binary, tmp_path):
     late = EmbeddedRedis(tmp_path, binary=binary)
     connecting = asyncio.create_task(RunStore.connect(late.url, "r", timeout=20))
