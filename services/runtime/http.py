@@ -26,7 +26,7 @@ from services.runtime.error_parts import to_parts
 from services.runtime.lifecycle import Lifecycle
 from services.runtime.refusals import Refusals
 from services.runtime.roles import Role
-from services.runtime.seldom import Seldom
+from services.runtime.seldom import Seldom, SeldomWarnings
 from services.runtime.tls import Tls
 from services.runtime.tls_handshake import under_tls
 
@@ -221,6 +221,7 @@ class _Protocol(H11Protocol):
 _connections: dict[tuple[Any, Any], asyncio.Transport] = {}  # that are open, by both their ends
 _strangers: dict[_Protocol, None] = {}  # of which no request has come yet, the oldest first
 _note = Seldom(NOTE_SECONDS)
+logging.getLogger("uvicorn.error").addFilter(SeldomWarnings(NOTE_SECONDS))
 
 
 def _send_away(stranger: _Protocol) -> None:
@@ -263,7 +264,7 @@ async def serving(app: ASGIApp, address: str, tls: Tls | None = None) -> AsyncIt
     protocol: Any = under_tls(_Protocol, tls.server_contexts(), Refusals("HTTP")) if tls and secure else _Protocol
     listener = await asyncio.to_thread(_bind, address)
     config = uvicorn.Config(
-        app, http=protocol, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2,
+        app, http=protocol, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=2,
         headers=[("X-Content-Type-Options", "nosniff")],
     )  # fmt: skip
     server = _Server(config)

@@ -10,7 +10,7 @@ import pytest_asyncio
 from services.control_plane import routes
 from services.runtime import http
 from services.runtime.http import parse_address
-from services.runtime.seldom import Seldom
+from services.runtime.seldom import Seldom, SeldomWarnings
 from tests.descriptors import require_many
 from tests.small_run import TOKEN, Learner, Running, heartbeat, lease_request
 
@@ -84,6 +84,29 @@ async def test_a_client_that_asks_in_time_stays_however_many_come_after_it(
     crowd.lines[0][1].write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
     async with asyncio.timeout(10):
         assert await crowd.lines[0][0].readuntil(b'"alive"}')
+
+
+@pytest.mark.parametrize(
+    ("request_head", "says"),
+    [
+        (
+            "GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+            "Unsupported upgrade request.",
+        ),
+        ("\x16\x03\x01\r\n\r\n", "Invalid HTTP request received."),
+    ],
+)
+async def test_what_the_server_itself_says_of_strangers_does_not_fill_the_log(
+    running: Running, crowd: Crowd, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    request_head: str, says: str,
+) -> None:  # fmt: skip
+    (seldom,) = (each for each in logging.getLogger("uvicorn.error").filters if isinstance(each, SeldomWarnings))
+    monkeypatch.setattr(seldom, "_notes", {})
+    await crowd.gather(20, request_head)
+    async with asyncio.timeout(10):
+        for reader, _ in crowd.lines:
+            assert await reader.readline()
+    assert [message for message in caplog.messages if says in message] == [says]
 
 
 async def test_event_streams_are_bounded_and_the_run_goes_on(
