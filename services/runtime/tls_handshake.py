@@ -5,14 +5,19 @@ exception handler has heard of it. So the socket is a plain one to it, and TLS s
 """
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Callable
 from typing import Any
 
 from services.runtime.refusals import Refusals
+from services.runtime.seldom import Seldom
 from services.runtime.tls import meaning_for_server
 
+log = logging.getLogger(__name__)
 HANDSHAKE_SECONDS = 10.0
+MAX_HANDSHAKES = 256  # under way at once
+NOTE_SECONDS = 60.0  # between two lines of the log about more
 FAREWELL_SECONDS = 1.0  # for the peer of a connection that is closed to say so, too: one that is idle does not
 
 
@@ -26,6 +31,9 @@ class Handshake(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        _under_way[self] = transport
+        if len(_under_way) > MAX_HANDSHAKES:
+            _end_oldest()
         self._task = asyncio.get_running_loop().create_task(self._shake(transport))
 
     def data_received(self, data: bytes) -> None:
@@ -46,12 +54,28 @@ class Handshake(asyncio.Protocol):
             what, fix = meaning_for_server(said) or (said, "")
             self._refusals.note(host, f"no TLS: {what}" + (f" ({fix})" if fix else ""))
             return
+        finally:
+            _under_way.pop(self, None)
         if secure is None or self._lost:
             return
         secure.set_protocol(self._inner)
         self._inner.connection_made(secure)
         for data in self._early:
             self._inner.data_received(data)
+
+
+_under_way: dict[Handshake, asyncio.Transport] = {}  # the oldest first
+_note = Seldom(NOTE_SECONDS)
+
+
+def _end_oldest() -> None:
+    """So that those who connect and say nothing take no connection from those who ask."""
+    oldest = next(iter(_under_way))
+    transport = _under_way.pop(oldest)
+    if count := _note.due():
+        peer = transport.get_extra_info("peername")
+        log.warning("more than %d TLS handshakes under way: %d ended, the last with %s", MAX_HANDSHAKES, count, peer)
+    transport.abort()
 
 
 def under_tls(

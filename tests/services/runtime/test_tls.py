@@ -1,6 +1,7 @@
 """TLS on both doors: who gets in, and what both ends say of who does not."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -14,10 +15,11 @@ import pytest
 from fastapi import FastAPI
 
 from sapo_learner.errors import ConfigError, Mismatch, Unavailable
-from services.runtime import watched
+from services.runtime import tls_handshake, watched
 from services.runtime.client import ControlPlaneClient
 from services.runtime.grpc_errors import from_rpc
 from services.runtime.http import serving
+from services.runtime.seldom import Seldom
 from services.runtime.tls import SCHEME, Tls
 from tests.certificates import Certificates
 
@@ -168,6 +170,29 @@ async def test_a_connection_that_never_shakes_hands_is_closed_and_said(
         writer.close()
         await ask_http(address, Tls(ca=made.ca))
     assert "HTTP refused 127.0.0.1: no TLS: SSL handshake is taking longer than 0.1 seconds" in caplog.text
+
+
+async def test_connections_that_never_shake_hands_make_room_for_those_that_do(
+    made: Certificates, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls_handshake, "_note", Seldom(3600))
+    monkeypatch.setattr(tls_handshake, "MAX_HANDSHAKES", 3)
+    monkeypatch.setattr(tls_handshake, "HANDSHAKE_SECONDS", 3600.0)  # which is not what ends them
+    async with http(open_to_all(made)) as address, asyncio.timeout(10):
+        host, _, port = address.partition(":")
+        lines = [await asyncio.open_connection(host, int(port)) for _ in range(10)]
+        for reader, _ in lines[:7]:
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        assert not any(reader.at_eof() or reader.exception() for reader, _ in lines[7:]), "the oldest go first"
+        await ask_http(address, Tls(ca=made.ca))
+        for _, writer in lines:
+            writer.close()
+        while tls_handshake._under_way:
+            await asyncio.sleep(0.01)
+    said = [message for message in caplog.messages if "handshakes under way" in message]
+    assert len(said) == 1, "however many there are"
+    assert said[0].startswith("more than 3 TLS handshakes under way: 1 ended")
 
 
 async def test_a_request_in_the_same_breath_as_the_handshake_is_answered(made: Certificates) -> None:
