@@ -51,26 +51,29 @@ class Tls:
     def server_contexts(self) -> Callable[[], ssl.SSLContext]:
         """The context for the next connection to an HTTP server. Raises ConfigError."""
 
-        def make(_: list[bytes]) -> ssl.SSLContext:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-            _load(context, self.cert, self.key, self.client_ca)
-            if self.client_ca:
-                context.verify_mode = ssl.CERT_REQUIRED
-            return context
-
-        return Watched(self._named(cert=self.cert, key=self.key, client_ca=self.client_ca), make).get
+        files = self._named(cert=self.cert, key=self.key, client_ca=self.client_ca)
+        return Watched(files, lambda _: self._server_context()).get
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """For a gRPC server. Raises ConfigError."""
-        self.server_contexts()  # gRPC says of a bad file only that there is no certificate
-        files = self._named(cert=self.cert, key=self.key, client_ca=self.client_ca)
-        watched = Watched(files, lambda contents: grpc.ssl_server_certificate_configuration(
-            [(contents[1], contents[0])], root_certificates=contents[2] if self.client_ca else None
-        ))  # fmt: skip
+
+        def make(contents: list[bytes]) -> grpc.ServerCertificateConfiguration:
+            self._server_context()  # for its errors: gRPC says nothing of files that it keeps the old ones for
+            ca = contents[2] if self.client_ca else None
+            return grpc.ssl_server_certificate_configuration([(contents[1], contents[0])], root_certificates=ca)
+
+        watched = Watched(self._named(cert=self.cert, key=self.key, client_ca=self.client_ca), make)
         return grpc.dynamic_ssl_server_credentials(
             watched.get(), watched.get, require_client_authentication=bool(self.client_ca)
         )
+
+    def _server_context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        _load(context, self.cert, self.key, self.client_ca)
+        if self.client_ca:
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
     # ---- clients
 

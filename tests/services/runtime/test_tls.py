@@ -233,6 +233,7 @@ async def test_a_certificate_that_is_exchanged_is_shown_to_whoever_connects_next
         assert renewed != before
         key.write_text("half a k")  # seen in the middle of being written
         assert await asyncio.to_thread(serial, address, made) == renewed
+        assert "not a certificate and its key" in caplog.text
         await ask(address, Tls(ca=made.ca))
 
 
