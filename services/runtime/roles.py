@@ -45,7 +45,7 @@ HTTP: dict[tuple[str, str], frozenset[Role]] = {
     ("GET", "/v1/policies/current"): _ALL,
     ("GET", "/v1/policies/{version}"): _ALL,
     ("GET", "/v1/blobs/{sha256}"): _WORKER | _LEARNER,  # the weights themselves
-    ("HEAD", "/v1/blobs/{sha256}"): _WORKER | _LEARNER,
+    ("HEAD", "/v1/blobs/{sha256}"): _LEARNER,  # it keeps the blob for a while, also one that nobody wants any more
     ("PUT", "/v1/blobs/{sha256}"): _LEARNER,
 }
 GRPC: dict[str, frozenset[Role]] = {"/sapo.v1.TrajectoryIngestService/StreamTrajectoryGroups": _WORKER}

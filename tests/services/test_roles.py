@@ -111,6 +111,11 @@ async def test_a_role_gets_through_where_the_table_says_so_and_nowhere_else(runn
                 assert all(name in error["fix"] for name in (*allowed, "admin"))
 
 
+def test_who_only_fetches_weights_cannot_keep_them_on_the_disk() -> None:
+    """Who asks with HEAD whether a blob is there may be about to name it in a manifest, so its grace begins anew."""
+    assert roles.of_route("HEAD", f"/v1/blobs/{sha256(b'any')}") == {Role.LEARNER}
+
+
 async def test_a_client_is_told_which_role_it_lacks_and_the_log_who_it_was(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
