@@ -3,10 +3,10 @@
 Files are read again when they have changed, for new connections; those that are open go on.
 """
 
+import functools
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
@@ -92,13 +92,22 @@ class Tls:
         return Watched(self._named(cert=self.cert, key=self.key, ca=self.ca), make).get
 
     def channel(self, address: str, options: list[tuple[str, int]]) -> grpc.aio.Channel:
-        """To HOST:PORT as it is, or with https:// before it under TLS. Raises ConfigError."""
+        """To HOST:PORT as it is, or with https:// before it under TLS. Raises ConfigError, the first time."""
         if not address.startswith(SCHEME):
             return grpc.aio.insecure_channel(address.removeprefix("http://"), options=options)
-        self.client_context()  # for its errors
-        ca, key, cert = (Path(path).read_bytes() if path else None for path in (self.ca, self.key, self.cert))
-        credentials = grpc.ssl_channel_credentials(ca, key, cert)
-        return grpc.aio.secure_channel(address.removeprefix(SCHEME), credentials, options=options)
+        return grpc.aio.secure_channel(address.removeprefix(SCHEME), self._channel_credentials.get(), options=options)
+
+    @functools.cached_property
+    def _channel_credentials(self) -> Watched[grpc.ChannelCredentials]:
+        """Kept, for a channel that is made anew while files are half written."""
+        files = self._named(cert=self.cert, key=self.key, ca=self.ca)
+
+        def make(contents: list[bytes]) -> grpc.ChannelCredentials:
+            _load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self.cert, self.key, self.ca)  # for its errors
+            found = {variable: content for (variable, _), content in zip(files, contents, strict=True)}
+            return grpc.ssl_channel_credentials(*(found.get(f"SAPO_TLS_{name}") for name in ("CA", "KEY", "CERT")))
+
+        return Watched(files, make)
 
 
 def _load(context: ssl.SSLContext, cert: str, key: str, ca: str) -> None:

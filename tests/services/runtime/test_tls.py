@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -235,6 +236,24 @@ async def test_a_certificate_that_is_exchanged_is_shown_to_whoever_connects_next
         assert await asyncio.to_thread(serial, address, made) == renewed
         assert "not a certificate and its key" in caplog.text
         await ask(address, Tls(ca=made.ca))
+
+
+async def test_a_channel_goes_on_with_what_it_has_while_its_files_are_half_written(
+    made: Certificates, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A worker that connects to ingest anew just then would end."""
+    monkeypatch.setattr(watched, "LOOK_SECONDS", 0.0)
+    own = [Path(shutil.copy(path, tmp_path)) for path in (*made.pair("client"), made.ca)]
+    client = Tls(*map(str, own[:2]), ca=str(own[2]))
+    async with rpc(mutual(made)) as address:
+        await ask_rpc(address, client)
+        own[1].write_text("half a k")
+        await ask_rpc(address, client)
+        assert "what was read before stays in force" in caplog.text
+        own[2].unlink()
+        await ask_rpc(address, client)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            await ask_rpc(address, Tls(client.cert, client.key, client.ca))
 
 
 async def test_a_client_takes_up_its_own_renewed_certificate(
