@@ -13,13 +13,13 @@ from services.runtime.refusals import Refusals
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses calls without a token whose role may make them, the health service excepted."""
+    """Refuses calls without a token whose role may make them, probes of the health service excepted."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens, self._refusals = tokens, Refusals("gRPC")
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        if details.method.startswith(roles.GRPC_OPEN):
+        if details.method in roles.GRPC_OPEN:
             return await continuation(details)
         given = str(dict(details.invocation_metadata or ()).get("authorization", "")).encode()
         refusal = self._refusal(given, details.method)

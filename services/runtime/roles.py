@@ -49,8 +49,8 @@ HTTP: dict[tuple[str, str], frozenset[Role]] = {
     ("PUT", "/v1/blobs/{sha256}"): _LEARNER,
 }
 GRPC: dict[str, frozenset[Role]] = {"/sapo.v1.TrajectoryIngestService/StreamTrajectoryGroups": _WORKER}
-GRPC_OPEN = "/grpc.health."
-"""Methods that begin like this need no token: probes have none."""
+GRPC_OPEN = frozenset({"/grpc.health.v1.Health/Check"})
+"""Need no token: probes have none. Not Watch, which holds its connection for as long as the client likes."""
 
 _PATTERNS = [(method, compile_path(path)[0], roles) for (method, path), roles in HTTP.items()]
 

@@ -211,3 +211,5 @@ async def test_a_call_without_a_token_is_in_the_log_and_health_needs_none(
     assert "gRPC refused 127.0.0.1: Authorization header: wrong or missing token" in caplog.text
     answer = await health_pb2_grpc.HealthStub(ingest.channel).Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    watch = health_pb2_grpc.HealthStub(ingest.channel).Watch(health_pb2.HealthCheckRequest(), timeout=5)
+    assert await watch.code() is grpc.StatusCode.UNAUTHENTICATED, "nor does anybody keep a connection for nothing"

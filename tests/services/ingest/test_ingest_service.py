@@ -71,7 +71,7 @@ async def serving(running: Running, redis: EmbeddedRedis) -> AsyncIterator[Servi
 async def test_it_announces_its_port_serves_and_ends_in_peace(running: Running, redis: EmbeddedRedis) -> None:
     async with serving(running, redis) as ingest:
         async with grpc.aio.insecure_channel(ingest.address) as channel:
-            watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), metadata=AUTHORIZED)
             await until(watched, health_pb2.HealthCheckResponse.SERVING)
         assert ingest.lifecycle.waiting_for == []
         await ingest.stop()
@@ -99,7 +99,9 @@ async def test_health_and_readiness_follow_redis(
             httpx.AsyncClient() as http,
         ):
             stub = health_pb2_grpc.HealthStub(channel)
-            watched = [stub.Watch(health_pb2.HealthCheckRequest(service=name)) for name in ("", SERVICE)]
+            watched = [
+                stub.Watch(health_pb2.HealthCheckRequest(service=name), metadata=AUTHORIZED) for name in ("", SERVICE)
+            ]
             for away, back in (
                 (redis.stop, redis.start),
                 (partial(tell, signal.SIGSTOP), partial(tell, signal.SIGCONT)),
