@@ -24,8 +24,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp sapo \
-    && mkdir /runs /cache /secrets \
-    && chown sapo:sapo /runs /cache /secrets
+    && mkdir /runs /cache /secrets /secrets/worker /secrets/grafana \
+    && chown sapo:sapo /runs /cache /secrets /secrets/worker /secrets/grafana
 COPY --from=build /opt/sapo /opt/sapo
 # The root file system may be read-only: what is written goes to /runs (run.dir is relative to /) and to /tmp, or to what
 # TMPDIR and XDG_CACHE_HOME name.

@@ -88,7 +88,7 @@ class Stack:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         if not self._keep:
-            self.compose("down", "--volumes", "--timeout", "70")
+            self.compose("--profile", "*", "down", "--volumes", "--timeout", "70")
 
     def up(self, *services: str, **variables: str) -> None:
         """Start these, or all that have no profile; anew when the variables are others than before."""

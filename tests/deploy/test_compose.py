@@ -20,6 +20,8 @@ import typer
 import yaml
 
 from services.cli import app
+from services.runtime.auth import Tokens
+from services.runtime.roles import Role
 from services.runtime.settings import Environment
 from tests.documents import ROOT
 
@@ -182,7 +184,8 @@ def make_secrets(directory: Path, **given: str) -> "subprocess.CompletedProcess[
 
 
 def read(directory: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in directory.iterdir()}
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path.relative_to(directory).as_posix(): path.read_text() for path in files}
 
 
 def test_secrets_are_made_once_and_are_what_the_services_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +193,8 @@ def test_secrets_are_made_once_and_are_what_the_services_read(tmp_path: Path, mo
     made = read(tmp_path)
     assert make_secrets(tmp_path).returncode == 0
     assert read(tmp_path) == made
-    secrets = [made[name] for name in ("sapo_token", "redis_password", "grafana_password")]
-    assert len(set(secrets)) == 3
+    secrets = [made[name] for name in ("sapo_token", "worker/sapo_token", "redis_password", "grafana/password")]
+    assert len(set(secrets)) == 4
     assert all(re.fullmatch(r"[A-Za-z0-9]{40}", secret) for secret in secrets)
     for name in ("SAPO_TOKEN", "SAPO_REDIS_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -203,10 +206,31 @@ def test_secrets_are_made_once_and_are_what_the_services_read(tmp_path: Path, mo
 
 
 def test_secrets_that_are_given_are_taken_and_one_that_breaks_a_url_is_refused(tmp_path: Path) -> None:
-    assert make_secrets(tmp_path, SAPO_TOKEN="mine", REDIS_PASSWORD="one").returncode == 0
+    assert make_secrets(tmp_path, SAPO_TOKEN="mine-of-16-chars", REDIS_PASSWORD="one").returncode == 0
     assert make_secrets(tmp_path, REDIS_PASSWORD="two").returncode == 0
     made = read(tmp_path)
-    assert (made["sapo_token"], made["sapo_redis_url"]) == ("mine", "redis://:two@redis:6379/0\n")
+    assert (made["sapo_token"], made["sapo_redis_url"]) == ("mine-of-16-chars", "redis://:two@redis:6379/0\n")
     refused = make_secrets(tmp_path, REDIS_PASSWORD="a@b")
     assert refused.returncode == 2
     assert "REDIS_PASSWORD" in refused.stderr
+
+
+def test_a_worker_has_a_token_that_only_works_and_nothing_else_of_the_run(tmp_path: Path) -> None:
+    assert make_secrets(tmp_path).returncode == 0
+    made = read(tmp_path)
+    assert [name for name in made if name.startswith("worker/")] == ["worker/sapo_token"]
+    accepted = Tokens.in_file(str(tmp_path / "tokens"))
+    roles = [accepted.role(f"Bearer {made[name]}".encode()) for name in ("sapo_token", "worker/sapo_token")]
+    assert roles == [Role.ADMIN, Role.WORKER]
+    by_name = dict(services())
+    for name in ("rollout", "rollout-vllm"):
+        mounted = [each for each in by_name[name]["volumes"] if each.split(":")[1] == "/secrets"]
+        assert mounted == ["secrets-worker:/secrets:ro"]
+    for name in ("control-plane", "ingest"):
+        assert by_name[name]["environment"]["SAPO_TOKENS_FILE"] == "/secrets/tokens"
+
+
+def test_a_token_that_can_be_guessed_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    refused = make_secrets(tmp_path, SAPO_TOKEN="short")
+    assert (refused.returncode, read(tmp_path)) == (2, {})
+    assert "16 characters" in refused.stderr
