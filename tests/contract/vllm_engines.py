@@ -23,8 +23,8 @@ _running: dict[tuple[str, int], Any] = {}
 _started: list[Any] = []  # vLLMs, in that order
 
 
-async def vllm_engine(policy: Policy, slots: int) -> Any:
-    """A new VllmEngine, around a vLLM that has served other policies of this architecture before."""
+async def vllm_engine(policy: Policy, slots: int, *, anew: bool = False) -> Any:
+    """A new VllmEngine, around a vLLM that has served other policies of this architecture before, or a new one."""
     from services.rollout.engines.vllm_engine import VllmEngine
 
     shapes = {name: tuple(tensor.shape) for name, tensor in policy.tensors().items()}
@@ -33,7 +33,7 @@ async def vllm_engine(policy: Policy, slots: int) -> Any:
     key = (json.dumps([type(policy.model).__name__, shapes], sort_keys=True), settings.slots)
     scratch = Path(tempfile.mkdtemp(prefix="sapo-vllm-"))
     known = _running.get(key)
-    if known is None or known._ended is not None:
+    if anew or known is None or known._ended is not None:
         write_policy(policy, scratch / "model")
         _running[key] = await VllmEngine.start(
             scratch / "model", description, shapes, PolicyVersion(0, 0), settings=settings, dtype="float32",
@@ -47,13 +47,22 @@ async def vllm_engine(policy: Policy, slots: int) -> Any:
     return engine
 
 
-def newest_engine() -> Any:
-    """Around the vLLM that was started last: it takes the others' metrics out of the process' registry."""
-    return next(each for each in _running.values() if each._llm is _started[-1])
+async def newest_engine(policy: Policy) -> Any:
+    """Around the vLLM that was started last: it takes the others' metrics out of the process, also when it has
+    ended; then there is a new one, with this policy."""
+    newest = next((each for each in _running.values() if each._llm is _started[-1]), None)
+    if newest is None or newest._ended is not None:
+        return await vllm_engine(policy, MANY, anew=True)
+    return newest
 
 
 def engine_cores(process: psutil.Process) -> list[psutil.Process]:
     """Of the vLLMs that a process has started, oldest first."""
-    children = process.children(recursive=True)
-    found = [each for each in children if "EngineCore" in each.name() or "EngineCore" in " ".join(each.cmdline())]
-    return sorted(found, key=psutil.Process.create_time)
+    return sorted(filter(_is_core, process.children(recursive=True)), key=psutil.Process.create_time)
+
+
+def _is_core(process: psutil.Process) -> bool:
+    try:
+        return "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline())
+    except psutil.Error:  # it is ending
+        return False

@@ -50,8 +50,8 @@ def loads(up: Up, library: str) -> bool:
     return any(library in each.path for each in psutil.Process(up.process.pid).memory_maps())
 
 
-def wait_for(up: Up, condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+def wait_for(up: Up, condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert up.process.poll() is None, up.ended()
         assert time.monotonic() < deadline

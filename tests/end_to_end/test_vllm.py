@@ -19,7 +19,7 @@ def worker_pid(directory: Path) -> int:
     return int(json.loads((directory / "services.json").read_text())["processes"]["rollout-0"]["pid"])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_a_run_survives_kill_9_of_an_engine_core_and_of_its_worker(tmp_path: Path) -> None:
     config = jsonl_run(
         tmp_path, 8, "1", engine={"name": "vllm", "slots": 16}, local={"rollout_workers": 1},

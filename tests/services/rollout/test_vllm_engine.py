@@ -67,7 +67,7 @@ async def test_a_prompt_that_was_cached_under_the_old_policy_is_not_read_from_th
 
 @pytest.mark.usefixtures("engine")
 async def test_vllm_s_own_metrics_stand_beside_ours() -> None:
-    engine, metrics = newest_engine(), RolloutMetrics()
+    engine, metrics = await newest_engine(OLD), RolloutMetrics()
     metrics.include("vllm:")
 
     def generated() -> float:
