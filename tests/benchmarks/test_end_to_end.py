@@ -10,6 +10,7 @@ from sapo_learner.policy import tiny_policy, write_policy
 from tests.recorded import ALPHABET
 
 pytest.importorskip("trl.trainer.grpo_trainer")
+pytestmark = pytest.mark.timeout(300)
 SERVICES = {"sapo up", "redis", "control-plane", "ingest", "learner", "rollout-0"}
 
 

@@ -34,6 +34,8 @@ SMALLER = {
     "policy.warm_start.samples": 1,
 }
 
+pytestmark = pytest.mark.timeout(300)
+
 
 @dataclass(frozen=True)
 class Run:

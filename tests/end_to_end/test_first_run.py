@@ -17,6 +17,7 @@ from services.wire import decode
 from tests.documents import ROOT, Command, commands, files
 from tests.own_model import write_model
 
+pytestmark = pytest.mark.timeout(400)
 DOCUMENT = ROOT / "docs" / "first-run.md"
 
 
@@ -45,7 +46,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Followed:
 def _run(command: Command, directory: Path) -> subprocess.CompletedProcess[str]:
     _, *arguments = shlex.split(command.text)
     return subprocess.run(
-        [sys.executable, "-m", "services.cli", *arguments], cwd=directory, capture_output=True, text=True, timeout=100,
+        [sys.executable, "-m", "services.cli", *arguments], cwd=directory, capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 

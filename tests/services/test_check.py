@@ -33,7 +33,7 @@ from tests.command_line import sapo
 from tests.recorded import ALPHABET, sampled_group
 from tests.system import jsonl_run, system
 
-pytestmark = [pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.timeout(300)]
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 

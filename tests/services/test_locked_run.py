@@ -21,7 +21,7 @@ from services.runtime.tls import SCHEME, Tls
 from tests.certificates import Certificates
 from tests.system import System, jsonl_run, system
 
-pytestmark = [pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.timeout(300)]
 ROLE = {"control": "viewer", "ingest": "viewer", "learner": "learner", "rollout": "worker", "viewer": "viewer"}
 """Of the token that each service sends: ingest only asks for the configuration."""
 
@@ -105,7 +105,7 @@ async def test_a_run_goes_on_while_locks_are_exchanged_and_strangers_knock(
     config = jsonl_run(tmp_path / "files", 8, "1", training={"steps": 16, "groups_per_step": 2})
     async with system(config, redis.url, secured=locks.environment) as running:
         exchanged_at, before, heard = None, locks.tokens, list[str]()
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(240):
             while (status := await running.control.status())["state"] != "finished":
                 for task in running.tasks.values():
                     if task.done():

@@ -23,7 +23,7 @@ from tests.other_host import LOST, MOUNTS, NAMESPACE, OtherHost, other_host
 from tests.small_run import TOKEN
 from tests.system import System, jsonl_run, system
 
-pytestmark = [pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.timeout(360)]
 DELAY = 0.05  # seconds, each way
 ROOT = Path(services.__file__).parents[1]
 
@@ -87,7 +87,7 @@ async def _work(seen: Seen, running: System, addresses: list[str], root: Path, e
         env=environment, cwd=elsewhere, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(240):
             while seen.version < 2:
                 assert worker.returncode is None, (await worker.communicate())[1].decode()
                 status = await running.control.status()
