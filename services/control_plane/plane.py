@@ -115,7 +115,11 @@ class ControlPlane:
         deadline = asked + request.wait_seconds
         self.workers.hear(request.worker, request.version, request.step)
         chunk, grant = None, Grant([], None)
-        while not (self.closing or self._left.get(request.worker, 0.0) > asked or await gone()):
+
+        async def left() -> bool:
+            return self._left.get(request.worker, 0.0) > asked or await gone()
+
+        while not (self.closing or await left()):
             changed = self._changed
             # A heartbeat since may have confirmed a newer policy than the waiting request names.
             serving = self.workers.alive().get(request.worker, request)
@@ -124,6 +128,10 @@ class ControlPlane:
             count = min(request.count, self.workers.fair_share(self._pacing.groups_per_step))
             with our_fence():
                 grant = await self._store.grant(self._token, request.worker, count, serving.step, self._pacing)
+            if grant.leases and await left():  # while it was granted
+                await self._store.release(request.worker, [(lease.draw, lease.attempt) for lease in grant.leases])
+                grant = Grant([], None)
+                break
             if chunk or grant.leases or time.monotonic() >= deadline:
                 break
             await self._wait_for_change(changed, deadline)

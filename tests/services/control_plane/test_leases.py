@@ -188,6 +188,20 @@ async def test_a_worker_that_leaves_hands_back_what_it_was_granted_without_heari
     assert (await running.client.lease(lease_request("goes", count=1))).draws, "it may come back"
 
 
+async def test_a_worker_that_leaves_while_it_is_granted_a_lease_holds_nothing(
+    running: Running, learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grant = running.plane._store.grant
+
+    async def late(*args: Any) -> Any:
+        await running.plane.release(api.ReleaseRequest(worker="goes", leases=[], leaving=True))
+        return await grant(*args)
+
+    monkeypatch.setattr(running.plane._store, "grant", late)
+    assert (await running.client.lease(lease_request("goes", count=2))).draws == []
+    assert (await running.store.state()).leases == ()
+
+
 async def test_many_waiting_workers_cost_redis_no_more_than_a_few(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
