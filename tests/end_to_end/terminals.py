@@ -98,7 +98,7 @@ class Terminals:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         return httpx.get(f"http://{self.addresses['control-plane']}{path}", headers=headers, timeout=10).json()
 
-    def wait(self, what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
+    def wait(self, what: str, condition: Callable[[], Any], seconds: float = 150) -> Any:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
