@@ -31,8 +31,7 @@ export function browser(store) {
   };
 }
 
-// Rows that are there already stay as they are, with the focus that one may have: making all of them anew was most of
-// what an open page cost.
+// Rows that are there already stay as they are, with the focus that one may have.
 function list(groups) {
   const body = of("group-rows");
   if (!groups.length) return body.replaceChildren(empty());
