@@ -244,11 +244,17 @@ def _detail(error: BaseException | None) -> str:
     return str(error) or type(error).__name__
 
 
+_BY_STATUS: dict[int, type[errors.SapoError]] = {401: errors.Unauthenticated, 403: errors.Forbidden} | dict.fromkeys(
+    (502, 503, 504), errors.Unavailable
+)
+"""Of answers without a body of ours: those to HEAD, and a proxy's."""
+
+
 def _error(response: httpx.Response) -> errors.SapoError:
     """The error that the control plane answered with, as the class it was raised as."""
     try:
         return from_parts(response.json()["error"])
     except (ValueError, KeyError, TypeError, AttributeError):
         detail = response.text[:300]
-        kind = errors.Unavailable if response.status_code in (502, 503, 504) else errors.SapoError
+        kind = _BY_STATUS.get(response.status_code, errors.SapoError)
         return kind(f"HTTP {response.status_code}: {detail}", where=str(response.request.url))

@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from sapo_learner.errors import ConfigError, Unauthenticated
+from sapo_learner.manifest import Blob
 from services.runtime import auth, refusals, watched
 from services.runtime.auth import Credential, Tokens
 from services.runtime.client import ControlPlaneClient
@@ -142,6 +143,17 @@ async def test_a_client_reads_its_file_again_when_it_is_refused(
         server.write_text(f"viewer: {NEW}")
         client.write_text(NEW)
         await asks.status()
+
+
+async def test_a_refusal_without_a_body_is_understood(tmp_path: Path) -> None:
+    """As those to HEAD are, which an upload begins with: the learner ended of it in the middle of an exchange."""
+    (server := tmp_path / "tokens").write_text(f"learner: {NEW}")
+    async with (
+        serving(locked(Tokens.in_file(str(server))), "127.0.0.1:0") as url,
+        ControlPlaneClient(url, Credential(OLD), patience=5) as asks,
+    ):
+        with pytest.raises(Unauthenticated):
+            await asks.upload(tmp_path / "blob", Blob(sha256="0" * 64, size=1))
 
 
 async def test_a_client_waits_for_the_other_half_of_an_exchange(tmp_path: Path) -> None:
