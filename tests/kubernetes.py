@@ -19,7 +19,6 @@ from tests.documents import ROOT
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = ("demo", "gpu", "multi-node")
 COMPONENT = "app.kubernetes.io/component"
-SECRETS = {"SAPO_TOKEN": "token7secret", "REDIS_PASSWORD": "password7secret"}
 WORKLOADS = ("Deployment", "StatefulSet", "Job")
 PROMETHEUS = "prometheus"
 
@@ -36,9 +35,9 @@ def kubectl() -> str:
 
 
 def copied(directory: Path) -> Path:
-    """deploy/kubernetes, with a secret.env as a user makes it."""
-    copy = Path(shutil.copytree(KUBERNETES, directory, ignore=shutil.ignore_patterns("secret.env")))
-    (copy / "secret" / "secret.env").write_text("".join(f"{name}={value}\n" for name, value in SECRETS.items()))
+    """deploy/kubernetes, with the secrets that a user makes."""
+    copy = Path(shutil.copytree(KUBERNETES, directory, ignore=shutil.ignore_patterns("made")))
+    subprocess.run([copy / "secret" / "make.sh"], env={"PATH": os.environ["PATH"]}, check=True, timeout=20)
     return copy
 
 

@@ -3,8 +3,8 @@
 
     deploy/test/kube_play.py --control-plane localhost/sapo/control-plane:dev --learner localhost/sapo/learner:dev
 
-Needs root, kubectl, podman (tried with 4.3), deploy/kubernetes/secret/secret.env, and the images. What podman does not
-do for itself is done here, and named: see STAND_INS. Prints the ledger of the run, and ends with its exit code.
+Needs root, kubectl, podman (tried with 4.3), what deploy/kubernetes/secret/make.sh makes, and the images. What podman
+does not do for itself is done here, and named: see STAND_INS. Prints the ledger of the run, and ends with its exit code.
 """
 
 import argparse
@@ -27,7 +27,7 @@ STAND_INS = """\
 - Deployment, StatefulSet and Job: one pod of each, called as its service, which gives it its name in the DNS
 - PersistentVolumeClaim with fsGroup: a volume made before, of user 10001
 - emptyDir: volumes with names of their own; podman shares those of the same name among pods
-- Secret: stored as the JSON that podman 4.3 reads it as
+- Secret: in variables, stored as the JSON that podman 4.3 reads it as; as a volume, a ConfigMap
 - $(VARIABLE) in commands and values: written out
 - containerPort: left out; podman publishes it on the host
 - probes: podman runs the liveness probe alone, and where there is no systemd not even that
@@ -67,22 +67,27 @@ def forget(documents: list[dict[str, Any]]) -> None:
     """Volumes and secrets that podman has made of them."""
     made = [each["metadata"]["name"] for each in documents if each["kind"] in ("PersistentVolumeClaim", "ConfigMap")]
     podman("volume", "rm", "--force", *made, "scratch", "shared-memory", check=False)
-    podman("secret", "rm", "sapo", check=False)
+    podman("secret", "rm", *(each["metadata"]["name"] for each in documents if each["kind"] == "Secret"), check=False)
 
 
-def as_pods(text: str) -> tuple[list[dict[str, Any]], dict[str, str], list[str]]:
-    """Documents that podman plays, the secret's data, and volumes that must be there before."""
-    documents, data, volumes = list(yaml.safe_load_all(text)), {}, []
-    pods = [each for each in documents if each["kind"] == "ConfigMap"]
-    for each in documents:
-        if each["kind"] == "Secret":
-            data = each["data"]
+def as_pods(documents: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Documents that podman plays, and volumes that must be there before."""
+    pods, volumes = [each for each in documents if each["kind"] == "ConfigMap"], []
+    for name, values in _secrets(documents).items():
+        pods.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": values})
     for each in documents:
         if each["kind"] in ("Deployment", "StatefulSet", "Job"):
-            pod, own = _pod(each, {name: base64.b64decode(value).decode() for name, value in data.items()})
+            pod, own = _pod(each, _secrets(documents)["sapo"])
             pods.append(pod)
             volumes += own
-    return pods, data, volumes
+    return pods, volumes
+
+
+def _secrets(documents: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    found = {each["metadata"]["name"]: each["data"] for each in documents if each["kind"] == "Secret"}
+    return {
+        name: {key: base64.b64decode(value).decode() for key, value in data.items()} for name, data in found.items()
+    }
 
 
 def _pod(workload: dict[str, Any], secret: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -97,6 +102,8 @@ def _pod(workload: dict[str, Any], secret: dict[str, str]) -> tuple[dict[str, An
     volumes = []
     for volume in spec["volumes"]:
         volume["name"] = f"{PREFIX}{name}-{volume['name']}"
+        if "secret" in volume:
+            volume["configMap"] = {"name": volume.pop("secret")["secretName"]}
         if "persistentVolumeClaim" in volume:
             volumes.append(f"{PREFIX}{name}")
             volume["persistentVolumeClaim"]["claimName"] = volumes[-1]
@@ -105,10 +112,10 @@ def _pod(workload: dict[str, Any], secret: dict[str, str]) -> tuple[dict[str, An
 
 def play(text: str, directory: Path, seconds: float) -> int:
     """Until the learner has ended; returns the exit code of `sapo ledger`, or the learner's."""
-    pods, data, volumes = as_pods(text)
-    path, secret = directory / "pods.yaml", directory / "secret.json"
+    documents = list(yaml.safe_load_all(text))
+    (pods, volumes), path, secret = as_pods(documents), directory / "pods.yaml", directory / "secret.json"
     path.write_text(yaml.safe_dump_all(pods, sort_keys=False))
-    secret.write_text(json.dumps(data))
+    secret.write_text(json.dumps(next(each["data"] for each in documents if each["metadata"]["name"] == "sapo")))
     images = {each["spec"]["containers"][0]["image"] for each in pods if each["kind"] == "Pod"}
     try:
         podman("secret", "create", "sapo", str(secret))
@@ -125,15 +132,13 @@ def play(text: str, directory: Path, seconds: float) -> int:
                 sys.exit(f"the learner has not ended within {seconds:.0f} s")
             time.sleep(2)
         print(f"the learner ended with {now[1]}")
-        token = base64.b64decode(data["SAPO_TOKEN"]).decode()
-        ask = ["podman", "exec", "--env", f"SAPO_TOKEN={token}", "control-plane-control-plane",
-               "sapo", "ledger", "http://127.0.0.1:8080"]  # fmt: skip
+        ask = ["podman", "exec", "control-plane-control-plane", "sapo", "ledger", "http://127.0.0.1:8080"]
         return int(now[1]) or subprocess.run(ask, timeout=60).returncode
     finally:
         podman("kube", "down", str(path), check=False)
         made = re.findall(rf"^{PREFIX}\S+", podman("volume", "ls", "--quiet"), re.MULTILINE)
         podman("volume", "rm", "--force", *made, check=False)
-        forget(pods)
+        forget([*documents, *pods])
 
 
 def main() -> int:

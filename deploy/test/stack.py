@@ -4,7 +4,7 @@ vLLM's image, the rendered manifests of Kubernetes played by podman; the report.
 import argparse
 import json
 import os
-import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,17 +167,16 @@ def vllm(stack: Stack, report: Report) -> None:
 def kubernetes(report: Report, redis: str) -> None:
     """The overlay `demo` as far as podman plays it, and what it does not."""
     report.part = "Kubernetes"
-    secret = ROOT / "deploy" / "kubernetes" / "secret" / "secret.env"
-    made = not secret.exists()
-    if made:
-        secret.write_text(f"SAPO_TOKEN={secrets.token_hex(32)}\nREDIS_PASSWORD={secrets.token_hex(32)}\n")
+    secret = ROOT / "deploy" / "kubernetes" / "secret"
+    made = not (secret / "made").exists()
+    subprocess.run([secret / "make.sh"], check=True, timeout=20)
     images = ["--control-plane", "localhost/sapo/control-plane:dev", "--learner", "localhost/sapo/learner:dev"]
     command = [sys.executable, str(Path(__file__).parent / "kube_play.py"), *images, "--redis", redis]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEMO_SECONDS)
     finally:
         if made:
-            secret.unlink()
+            shutil.rmtree(secret / "made")
     for line in done.stdout.splitlines():
         if line.startswith("- "):
             report.note(line.removeprefix("- "))

@@ -21,14 +21,13 @@ from services.runtime.stated_length import stated_length
 
 log = logging.getLogger(__name__)
 MAX_EVENT_STREAMS = 512
-NOTE_SECONDS = 60.0
 
 
 class _Places:
     """Of event streams. A worker that finds none hears of new policies by its heartbeats, a second later."""
 
     def __init__(self, count: int) -> None:
-        self._count, self._taken, self._note = count, 0, Seldom(NOTE_SECONDS)
+        self._count, self._taken, self._note = count, 0, Seldom()
 
     async def __call__(self, request: Request) -> AsyncIterator[None]:
         if self._taken >= self._count:

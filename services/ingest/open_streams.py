@@ -10,7 +10,6 @@ from services.runtime.seldom import Seldom
 
 log = logging.getLogger(__name__)
 MAX_SILENT, MAX_STREAMS = 64, 512  # that have not said hello, and that have
-NOTE_SECONDS = 60.0
 _STREAM = "StreamTrajectoryGroups"
 
 
@@ -21,7 +20,7 @@ class Counted(Unavailable):
 class OpenStreams:
     def __init__(self) -> None:
         self._silent: dict[asyncio.Timeout, None] = {}  # of streams before their hello, the oldest first
-        self._greeted, self._silent_note, self._full_note = 0, Seldom(NOTE_SECONDS), Seldom(NOTE_SECONDS)
+        self._greeted, self._silent_note, self._full_note = 0, Seldom(), Seldom()
 
     @contextlib.asynccontextmanager
     async def before_hello(self, seconds: float) -> AsyncIterator[None]:

@@ -35,6 +35,7 @@ _BOUNDS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 3),
 ]
+MAX_PROBE_BYTES = 4096
 WATCH_SECONDS = 2.0  # between two looks at Redis, and the time limit of each
 
 
@@ -95,7 +96,7 @@ async def _plain_health(probe: health.aio.HealthServicer, listen: str) -> AsyncI
         yield
         return
     await asyncio.to_thread(refuse_taken, listen)
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_PROBE_BYTES)])
     health_pb2_grpc.add_HealthServicer_to_server(probe, server)
     await _started(server, listen, Tls())
     try:

@@ -47,9 +47,11 @@ class Connection:
                 retry=Retry(NoBackoff(), 0),  # retries are ours: one place, one limit
                 health_check_interval=30,
             )
-        except ValueError:  # which quotes what it took for the port: with a / in the password, a part of that
+            pool = self._redis.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # of options that are none, connections hear first
+        except (ValueError, TypeError):  # which quote what they took for the port, and that may be of the password
             raise ConfigError(
-                "not a Redis address",
+                "not a Redis address, or with an option behind ? that is none",
                 fix="SAPO_REDIS_URL=redis://:PASSWORD@HOST:PORT/0, in the password % and two hexadecimal digits for "
                 "each of :/?#[]@%",
             ) from None

@@ -144,6 +144,7 @@ class ControlPlaneClient:
         try:
             async with aconnect_sse(self._http, "GET", "/v1/events", timeout=timeout) as source:
                 source.response.raise_for_status()
+                self._credential.accepted()
                 async for event in source.aiter_sse():
                     yield {"event": event.event, "data": event.json() if event.data else None}
         except (httpx.HTTPError, ValueError) as error:
@@ -159,6 +160,7 @@ class ControlPlaneClient:
             if response.status_code >= 400:
                 await response.aread()
                 raise _error(response)
+            self._credential.accepted()
             try:
                 with partial.open("ab" if response.status_code == 206 else "wb") as file:
                     async for chunk in response.aiter_bytes(CHUNK):

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sapo_learner.errors import ConfigError
@@ -38,7 +38,12 @@ class Environment(BaseSettings):
     """How long a service goes on trying to reach a peer that it needs before it gives up."""
 
     def __init__(self, **values: Any) -> None:
-        super().__init__(_secrets_dir=os.environ.get("SAPO_SECRETS_DIR") or None, **values)
+        try:
+            super().__init__(_secrets_dir=os.environ.get("SAPO_SECRETS_DIR") or None, **values)
+        except ValidationError as error:
+            wrong = error.errors(include_input=False, include_url=False)[0]
+            name = str(wrong["loc"][0]).removeprefix("sapo_").upper()
+            raise ConfigError(wrong["msg"], where=f"environment SAPO_{name}", fix="set it anew, or unset it") from None
 
     def require(self, name: str) -> str:
         """The value of SAPO_<NAME>, or a ConfigError that says so."""

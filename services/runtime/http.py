@@ -24,9 +24,8 @@ from services.runtime import roles
 from services.runtime.auth import Tokens, wrong_token
 from services.runtime.error_parts import to_parts
 from services.runtime.lifecycle import Lifecycle
-from services.runtime.refusals import Refusals
 from services.runtime.roles import Role
-from services.runtime.seldom import Seldom, SeldomWarnings
+from services.runtime.seldom import Refusals, Seldom, SeldomWarnings
 from services.runtime.tls import Tls
 from services.runtime.tls_handshake import under_tls
 
@@ -35,8 +34,8 @@ MAX_BODY_BYTES = 16 << 20
 HEAD_SECONDS = 20.0  # for a connection's first request head
 BODY_SECONDS = 60.0  # without another piece of a body
 BODY_BYTES_PER_SECOND = 4096  # that a body comes with at least, once those seconds are over
+TAKE_SECONDS = 30.0  # in which a client takes a piece of what waits for it
 MAX_STRANGERS = 256  # connections that have not asked for anything yet
-NOTE_SECONDS = 60.0  # between two lines of the log about them
 
 
 def parse_address(address: str, *, where: str) -> tuple[str, int]:
@@ -141,7 +140,7 @@ class Door:
         headers = dict(scope["headers"])
         refused = self._refused(scope["method"], scope["path"], headers)
         if refused is not None:
-            self._refusals.note(str((scope["client"] or ["somewhere"])[0]), str(refused)[:200])
+            self._refusals.note(str((scope["client"] or ["somewhere"])[0]), str(refused)[:200], kind=refused.what)
             return refused
         if scope["method"] == "PUT":  # blobs go to a file as they come
             return None
@@ -180,15 +179,15 @@ def _unstalled(receive: Receive) -> Receive:
 
 class _Protocol(H11Protocol):
     """A connection whose request head is not whole HEAD_SECONDS after it was opened, or after the head's first byte, is
-    closed, and so is the oldest of too many without a first one. One that is idle between two requests is uvicorn's to
-    close."""
+    closed, and so is the oldest of too many without a first one. One whose client takes nothing of its answers for
+    TAKE_SECONDS is ended. One that is idle between two requests is uvicorn's to close."""
 
     _head_timer: asyncio.TimerHandle
     _head_after: Any = None  # the request before the head that the timer is for
+    _take_timer: asyncio.TimerHandle | None = None  # while more waits for the client than buffers should hold
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        _connections[self.client, self.server] = transport
         _strangers[self] = None
         if len(_strangers) > MAX_STRANGERS:
             _send_away(next(iter(_strangers)))
@@ -205,9 +204,33 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer.cancel()
+        self._taken()
         _strangers.pop(self, None)
-        _connections.pop((self.client, self.server), None)
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_taking()
+
+    def resume_writing(self) -> None:
+        self._taken()
+        super().resume_writing()
+
+    def _await_taking(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._take_timer = self.loop.call_later(TAKE_SECONDS, self._end_unless_taken, left)
+
+    def _taken(self) -> None:
+        if self._take_timer:
+            self._take_timer.cancel()
+
+    def _end_unless_taken(self, left: int) -> None:
+        if self.transport.get_write_buffer_size() < left:
+            self._await_taking()
+            return
+        if count := _unread_note.due():
+            log.warning("%d connections ended: nothing was read for %g s, by %s", count, TAKE_SECONDS, self.client)
+        self.transport.abort()
 
     def _await_head(self) -> None:
         self._head_after = self.cycle
@@ -218,10 +241,9 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-_connections: dict[tuple[Any, Any], asyncio.Transport] = {}  # that are open, by both their ends
 _strangers: dict[_Protocol, None] = {}  # of which no request has come yet, the oldest first
-_note = Seldom(NOTE_SECONDS)
-logging.getLogger("uvicorn.error").addFilter(SeldomWarnings(NOTE_SECONDS))
+_note, _unread_note = Seldom(), Seldom()
+logging.getLogger("uvicorn.error").addFilter(SeldomWarnings())
 
 
 def _send_away(stranger: _Protocol) -> None:
@@ -233,12 +255,6 @@ def _send_away(stranger: _Protocol) -> None:
             MAX_STRANGERS, count, stranger.client,
         )  # fmt: skip
     stranger.transport.abort()
-
-
-def hang_up(scope: Scope) -> None:
-    """End a request's connection at once, with what the client has not taken yet: it may never."""
-    if transport := _connections.get((scope["client"], scope["server"])):
-        transport.abort()
 
 
 class _Server(uvicorn.Server):

@@ -76,7 +76,12 @@ def _histogram(
 _A_WORKER = f"a worker's name, while it is alive; {MAX_VALUES} of them at most"
 _A_COMPONENT = f"as the run's tasks name them; {MAX_VALUES} at most"
 
+_EVERYWHERE = (
+    _gauge("sapo_unusable_secret_files", "files",
+           "Tokens and certificates that were exchanged for what cannot be used: those of before stay in force"),
+)  # fmt: skip
 CONTROL_PLANE = (
+    *_EVERYWHERE,
     _counter("sapo_leases_granted_total", "leases", "Training leases granted"),
     _gauge("sapo_leases", "leases", "Draws handed out: leased, leased and overdue, waiting to be leased again",
            state=("open", "overdue", "reoffered")),
@@ -111,6 +116,7 @@ CONTROL_PLANE = (
 )  # fmt: skip
 
 INGEST = (
+    *_EVERYWHERE,
     _counter("sapo_ingest_acks_total", "groups", "Groups answered, by status", status=(*_FINAL, "full", "not_ready")),
     _counter("sapo_ingest_accepted_bytes_total", "bytes", "Bytes of accepted groups"),
     _gauge("sapo_ingest_streams", "", "Open worker streams"),
@@ -120,6 +126,7 @@ INGEST = (
 )  # fmt: skip
 
 ROLLOUT = (
+    *_EVERYWHERE,
     _counter("sapo_rollout_tokens_total", "tokens", "Tokens sampled"),
     _counter("sapo_rollout_groups_total", "groups", "Groups whose ack is final, by status", status=_FINAL),
     _counter("sapo_rollout_responses_total", "responses", "Responses of training, by how they ended",
@@ -145,6 +152,7 @@ ROLLOUT = (
 )  # fmt: skip
 
 LEARNER = (
+    *_EVERYWHERE,
     _gauge("sapo_learner_step", "steps", "Optimizer steps done"),
     _counter("sapo_learner_groups_total", "groups", "Groups consumed, by outcome", outcome=OUTCOMES),
     _counter("sapo_learner_tokens_total", "tokens", "Tokens trained on"),

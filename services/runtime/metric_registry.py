@@ -21,6 +21,7 @@ from prometheus_client import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from services.runtime import watched
 from services.runtime.metric_definitions import METRICS, OTHER, Definition, Service
 
 MAX_LENGTH = 200  # of a label's value that somebody else decides
@@ -39,6 +40,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self._built = {each.name: _built(each, self.registry) for each in METRICS[self.service]}
+        self._gauge("sapo_unusable_secret_files").set_function(lambda: len(watched.unusable()))
 
     def include(self, prefix: str) -> None:
         """Serve, beside our own, what a library keeps in the client's global registry under such names."""

@@ -10,14 +10,12 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-from services.runtime.refusals import Refusals
-from services.runtime.seldom import Seldom
+from services.runtime.seldom import Refusals, Seldom
 from services.runtime.tls import meaning_for_server
 
 log = logging.getLogger(__name__)
 HANDSHAKE_SECONDS = 10.0
 MAX_HANDSHAKES = 256  # under way at once
-NOTE_SECONDS = 60.0  # between two lines of the log about more
 FAREWELL_SECONDS = 1.0  # for the peer of a connection that is closed to say so, too: one that is idle does not
 
 
@@ -65,7 +63,7 @@ class Handshake(asyncio.Protocol):
 
 
 _under_way: dict[Handshake, asyncio.Transport] = {}  # the oldest first
-_note = Seldom(NOTE_SECONDS)
+_note = Seldom()
 
 
 def _end_oldest() -> None:

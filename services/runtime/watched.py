@@ -15,6 +15,14 @@ LOOK_SECONDS = 1.0  # between two looks
 MAX_BYTES = 1 << 20  # of one file
 
 
+_unusable: set[str] = set()
+
+
+def unusable() -> frozenset[str]:
+    """Paths of files that have changed, and with which nothing can be done."""
+    return frozenset(_unusable)
+
+
 class Watched(Generic[T]):
     """What `make` makes of the contents of some files, made anew when they have changed.
 
@@ -37,13 +45,16 @@ class Watched(Generic[T]):
         return self._value
 
     def _look(self) -> None:
+        paths = [path for _, path in self._files]
         try:
             contents = self._read()
             if (seen := _digest(contents)) != self._seen:
                 self._value, self._seen = self._make(contents), seen
-                log.info("read again, for it has changed: %s", ", ".join(path for _, path in self._files))
+                log.info("read again, for it has changed: %s", ", ".join(paths))
             self._said = ""
+            _unusable.difference_update(paths)
         except SapoError as error:
+            _unusable.update(paths)
             if self._said != str(error):
                 log.error("%s; what was read before stays in force", error)
             self._said = str(error)

@@ -67,6 +67,13 @@ async def test_a_server_that_is_not_there_is_named_without_its_password(tmp_path
         await RunStore.connect("http://localhost", "r")
 
 
+@pytest.mark.parametrize("option", ["hush=1", "socket_timeout=hush", "ssl_keyfile=hush"])
+async def test_an_option_that_is_none_is_a_mistake_in_the_address(option):
+    with pytest.raises(ConfigError, match=r"an option behind \? that is none") as raised:
+        await RunStore.connect(f"redis://localhost:6379/0?{option}", "r", timeout=0.3)
+    assert "hush" not in str(raised.value)
+
+
 @pytest.mark.parametrize("password", ["hush/1", "hush#1", "hush?1", "hush[", "hush]"])
 async def test_a_password_that_makes_no_address_is_not_said(password):
     with pytest.raises(ConfigError, match="in the password %") as raised:

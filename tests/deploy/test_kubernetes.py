@@ -1,5 +1,6 @@
 """deploy/kubernetes without a cluster: what kubectl renders is valid, restricted, and opens only the needed ways."""
 
+import base64
 import json
 import re
 import shlex
@@ -12,10 +13,12 @@ import pytest
 import yaml
 from kubernetes_validate import utils as kubernetes_schemas
 
+from services.runtime.auth import Tokens
+from services.runtime.roles import Role
 from services.runtime.settings import Environment
 from tests import kubernetes
 from tests.documents import ROOT
-from tests.kubernetes import KUBERNETES, OVERLAYS, SECRETS, Manifests, unexplained_variables
+from tests.kubernetes import KUBERNETES, OVERLAYS, Manifests, unexplained_variables
 
 NEWEST = sorted({kubernetes_schemas.major_minor(each) for each in kubernetes_schemas.all_versions()},
                 key=lambda each: tuple(map(int, each.split("."))))[-3:]  # fmt: skip
@@ -126,10 +129,61 @@ def test_workers_have_no_password_of_redis_and_everybody_else_an_address(manifes
     for each in manifests.workloads:
         names = manifests.variables(each)
         if each.component in ("control-plane", "ingest", "learner"):
-            assert {"SAPO_TOKEN", "SAPO_REDIS_URL", "SAPO_CONTROL_PLANE_URL"} <= names
+            assert {"SAPO_REDIS_URL", "SAPO_CONTROL_PLANE_URL"} <= names
         if each.component == "rollout":
-            assert {"SAPO_TOKEN", "SAPO_INGEST_ADDRESS", "SAPO_CONTROL_PLANE_URL"} <= names
+            assert {"SAPO_INGEST_ADDRESS", "SAPO_CONTROL_PLANE_URL"} <= names
             assert not {"SAPO_REDIS_URL", "REDIS_PASSWORD"} & names
+
+
+# ---- Secrets
+
+
+def secrets_of(manifests: Manifests, component: str) -> dict[str, str]:
+    """What a pod's container may read of the secrets, by the name of the variable that says it, or where it is."""
+    pod = next(each for each in manifests.workloads if each.component == component)
+    found = {}
+    for name, each in pod.environment.items():
+        if asked := each.get("valueFrom", {}).get("secretKeyRef"):
+            found[name] = _secret(manifests, asked["name"]).get(asked["key"], "")
+    for volume in pod.pod["volumes"]:
+        if "secret" in volume:
+            (mount,) = [each for each in pod.container["volumeMounts"] if each["name"] == volume["name"]]
+            for name, value in _secret(manifests, volume["secret"]["secretName"]).items():
+                path = f"{mount['mountPath']}/{name}"
+                (variable,) = [key for key, each in pod.environment.items() if each.get("value") == path]
+                found[variable] = value
+    return found
+
+
+def _secret(manifests: Manifests, name: str) -> dict[str, str]:
+    return {key: base64.b64decode(value).decode() for key, value in manifests.get("Secret", name)["data"].items()}
+
+
+def test_every_pod_has_the_token_of_its_role_and_nothing_more(manifests: Manifests, tmp_path: Path) -> None:
+    given = {each.component: secrets_of(manifests, each.component) for each in manifests.workloads}
+    (path := tmp_path / "tokens").write_text(given["control-plane"]["SAPO_TOKENS_FILE"])
+    tokens = Tokens.in_file(str(path))
+
+    def role(component: str, variable: str) -> Role | None:
+        return tokens.role(f"Bearer {given[component][variable]}".encode())
+
+    assert given["rollout"].keys() == {"SAPO_TOKEN_FILE"}
+    assert role("rollout", "SAPO_TOKEN_FILE") is role("ingest", "SAPO_TOKEN_FILE") is Role.WORKER
+    assert role("learner", "SAPO_TOKEN_FILE") is Role.LEARNER
+    assert role("control-plane", "SAPO_TOKEN") is Role.ADMIN
+    assert given["ingest"]["SAPO_TOKENS_FILE"] == given["control-plane"]["SAPO_TOKENS_FILE"]
+    assert {"SAPO_TOKEN", "SAPO_TOKENS_FILE"}.isdisjoint(given["learner"])
+
+
+def test_secrets_are_made_once_each_another_and_readable_by_nobody_else(kubernetes_tree: Path) -> None:
+    made = kubernetes_tree / "secret" / "made"
+    before = {path.name: path.read_text() for path in made.iterdir()}
+    single = [before[name] for name in ("admin", "learner", "worker", "viewer", "redis_password")]
+    assert len(set(single)) == 5
+    assert all(re.fullmatch("[A-Za-z0-9]{40}", each) for each in single)
+    assert {path.stat().st_mode & 0o077 for path in made.iterdir()} == {0}
+    subprocess.run([made.parent / "make.sh"], check=True, timeout=20)
+    assert {path.name: path.read_text() for path in made.iterdir()} == before
 
 
 def test_a_variable_is_defined_before_the_one_that_is_made_of_it(manifests: Manifests) -> None:
@@ -140,22 +194,21 @@ def test_a_variable_is_defined_before_the_one_that_is_made_of_it(manifests: Mani
             assert names.index("REDIS_PASSWORD") < names.index("SAPO_REDIS_URL")
 
 
-def test_secret_values_are_in_the_secret_alone(manifests: Manifests) -> None:
-    others = [each for each in manifests.objects if each["kind"] != "Secret"]
-    assert not [value for value in SECRETS.values() if value in json.dumps(others)]
-    assert manifests.of("Secret")[0]["data"].keys() == SECRETS.keys()
+def test_secret_values_are_in_the_secrets_alone(manifests: Manifests) -> None:
+    others = json.dumps([each for each in manifests.objects if each["kind"] != "Secret"])
+    for each in manifests.of("Secret"):
+        for value in _secret(manifests, each["metadata"]["name"]).values():
+            assert not [line for line in value.splitlines() if line.rpartition(": ")[2] in others]
 
 
 def test_no_secret_is_committed() -> None:
-    example = (KUBERNETES / "secret" / "secret.env.example").read_text()
-    assert re.findall(r"^#?(\w+)=(.*)$", example, re.MULTILINE) == [
-        ("SAPO_TOKEN", ""), ("REDIS_PASSWORD", ""), ("SAPO_REDIS_URL", ""), ("HF_TOKEN", "")]  # fmt: skip
-    ignored = subprocess.run(["git", "check-ignore", "-q", "deploy/kubernetes/secret/secret.env"], cwd=ROOT)
-    assert ignored.returncode in (0, 128), "git would take secret.env"  # 128: no checkout
+    made = KUBERNETES / "secret" / "made"
+    ignored = subprocess.run(["git", "check-ignore", "-q", made / "secret.env"], cwd=ROOT)
+    assert ignored.returncode in (0, 128), "git would take it"  # 128: no checkout
 
 
 def test_every_file_is_part_of_an_overlay(kubernetes_tree: Path) -> None:
-    """None is left over, and the secret's place is empty until somebody fills it."""
+    """None is left over."""
     named = {path for file in kubernetes_tree.rglob("kustomization.yaml") for path in _named(file)}
     files = {path for path in kubernetes_tree.rglob("*.yaml") if path.name != "kustomization.yaml"}
     assert {path.relative_to(kubernetes_tree) for path in files - named} == set()

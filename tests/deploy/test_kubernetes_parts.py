@@ -89,6 +89,10 @@ def test_a_job_refers_to_nothing_whose_name_changes(manifests: Manifests) -> Non
     names = {each["metadata"]["name"] for each in manifests.of("ConfigMap", "Secret")}
     used = set(re.findall(r"'name': '([\w-]+)'", str(manifests.workload("learner").container)))
     assert used & names == {"addresses", "sapo"}
+    mounted = {
+        each["secret"]["secretName"] for each in manifests.workload("learner").pod["volumes"] if "secret" in each
+    }
+    assert mounted == {"sapo-learner"}
     asked = manifests.workload("control-plane").pod["volumes"][0]["configMap"]["name"]
     assert re.fullmatch(r"run-\w{10}", asked), "another run.yaml is another pod"
 

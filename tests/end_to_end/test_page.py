@@ -249,6 +249,20 @@ def test_a_trained_group_is_there_with_coloured_tokens_and_their_numbers(up: Up,
     assert "response 0, token 1" in tab.text(".detail")
 
 
+def test_rows_stay_with_their_focus_when_others_come(up: Up, browser: Browser) -> None:
+    tab = browser.open(up.address)
+    tab.page.wait_for_selector("#group-rows button", timeout=60_000)
+    entry = tab.page.evaluate("""() => {
+        const row = document.querySelector("#group-rows tr");
+        row.querySelector("button").focus();
+        row.seen = true;
+        return row.dataset.entry;
+    }""")
+    until(lambda: tab.page.locator("#group-rows tr").first.get_attribute("data-entry") != entry)
+    focused = "document.activeElement.closest('#group-rows tr')"
+    assert tab.page.evaluate(f"{focused}.seen && {focused}.dataset.entry") == entry
+
+
 def test_what_the_objective_does_is_drawn_wherever_the_page_is_loaded(up: Up, browser: Browser) -> None:
     tab = browser.open(up.address)
     tab.page.click("nav >> text=Objective")

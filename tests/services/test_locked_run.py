@@ -14,7 +14,7 @@ import pytest
 from sapo_learner.errors import Unauthenticated
 from services.run_directory import audit_run
 from services.runstore import EmbeddedRedis
-from services.runtime import refusals, watched
+from services.runtime import seldom, watched
 from services.runtime.client import ControlPlaneClient
 from services.runtime.roles import GRPC
 from services.runtime.tls import SCHEME, Tls
@@ -100,7 +100,7 @@ async def test_a_run_goes_on_while_locks_are_exchanged_and_strangers_knock(
 ) -> None:
     monkeypatch.setenv("SAPO_REDIS_URL", redis.url)
     monkeypatch.setattr(watched, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(refusals, "NOTE_SECONDS", 0.0)
+    monkeypatch.setattr(seldom, "NOTE_SECONDS", 0.0)
     locks = Locks(tmp_path)
     config = jsonl_run(tmp_path / "files", 8, "1", training={"steps": 16, "groups_per_step": 2})
     async with system(config, redis.url, secured=locks.environment) as running:

@@ -365,9 +365,7 @@ async def test_wrong_token_and_a_version_that_is_not_kept(
     running: Running, learner: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAPO_TOKEN", "another")
-    monkeypatch.setattr(
-        logging.getLogger("services.runtime.refusals"), "disabled", True
-    )  # the server's, in this process
+    monkeypatch.setattr(logging.getLogger("services.runtime.seldom"), "disabled", True)  # the server's, in this process
     for command in ("status", "ledger", "eval"):
         outcome = await asyncio.to_thread(sapo, command, running.url)
         says(outcome, UNAUTHENTICATED, "wrong or missing token", "set SAPO_TOKEN")

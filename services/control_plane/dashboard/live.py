@@ -11,14 +11,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sapo_learner.errors import Unavailable
-from services.runtime.http import hang_up
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 2.0
 TABS = 200
 BUFFERED = 16  # messages that a tab may lie behind
 QUIET_SECONDS = 15.0  # after which a comment shows proxies and the tab that somebody is there
-STALLED_SECONDS = 8.0  # a tab that takes nothing for so long is gone
 
 Tab = asyncio.Queue[bytes | None]  # None: the end
 
@@ -86,7 +84,7 @@ def _end(tab: Tab) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events of one tab until it leaves, or takes nothing any more."""
+    """Server-sent events of one tab until it leaves, or the server has ended its connection."""
 
     media_type = "text/event-stream"
 
@@ -101,14 +99,9 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send(_body(b"retry: 2000\n\n"))
             while (text := await self._next(left)) is not None:
-                async with asyncio.timeout(STALLED_SECONDS):
-                    await send(_body(text))
+                await send(_body(text))
             if not left.done():
-                async with asyncio.timeout(STALLED_SECONDS):
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
-            hang_up(scope)
-            await asyncio.wait([left], timeout=1.0)  # for the server to have noticed
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             left.cancel()
             self._broadcaster.leave(self._tab)

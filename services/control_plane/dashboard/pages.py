@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
 OPEN = frozenset({"style.css", "login.js", "icon.svg"})
 MAX_FORM_BYTES, FORM_SECONDS = 4096, 10.0
-NOTE_SECONDS = 60.0
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
@@ -38,7 +37,7 @@ _WAITING = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta h
 class Pages:
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
-        self._note = Seldom(NOTE_SECONDS)
+        self._note = Seldom()
         found = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
         self._files = {name: path.read_bytes() for name, path in found.items()}
 

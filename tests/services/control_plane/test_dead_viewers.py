@@ -9,6 +9,7 @@ import pytest
 from services.control_plane.record import read
 from services.runstore import EmbeddedRedis
 from services.runtime import http
+from services.runtime.seldom import Seldom
 from services.runtime.settings import RunConfig
 from tests.small_run import TOKEN, Learner, control_plane
 
@@ -54,4 +55,22 @@ async def test_the_run_goes_on_and_ends_beside_viewers_that_do_not_read(
     steps = [line["step"] for line in read(config.run.directory / "record.jsonl") if line["kind"] == "step"]
     assert steps == list(range(1, 21))
     for viewer in viewers:
+        viewer.close()
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/status"])
+async def test_who_reads_nothing_loses_the_connection(
+    config: RunConfig,
+    redis: EmbeddedRedis,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(http, "TAKE_SECONDS", 0.3)
+    monkeypatch.setattr(http, "_unread_note", Seldom(3600))
+    async with control_plane(config, redis.url) as running, asyncio.timeout(30):
+        await Learner(running).start()
+        viewer = await _unread(running.url, path)
+        while "1 connections ended: nothing was read for 0.3 s" not in caplog.text:
+            await asyncio.sleep(0.01)
         viewer.close()

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2
 
 from protos.sapo.v1 import ingest_pb2 as pb
 from protos.sapo.v1 import trajectory_pb2
@@ -331,3 +332,13 @@ async def test_digests_that_differ_say_what_to_do(learner: Learner, ingest: Inge
     assert (type(error), error.where) == (errors.Mismatch, "w")
     assert f"tokenizer_digest ffffffffffff differs from the run's {MANIFEST.tokenizer_digest[:12]}" in error.what
     assert "published policy" in error.fix
+
+
+async def test_without_a_token_a_probe_s_request_is_not_even_read(ingest: Ingest) -> None:
+    probe = ingest.channel.unary_unary(
+        "/grpc.health.v1.Health/Check", response_deserializer=health_pb2.HealthCheckResponse.FromString
+    )
+    large = bytes(2 * MAX_MESSAGE_BYTES)  # no request of the health service, and more than the server would take
+    async with asyncio.timeout(20):
+        for _ in range(20):
+            assert (await probe(large)).status == health_pb2.HealthCheckResponse.SERVING

@@ -1,21 +1,24 @@
 """Tokens in files: what may stand there, and that they can be exchanged while both ends run."""
 
+import asyncio
+import hashlib
 import logging
 import math
 from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from sapo_learner.errors import ConfigError, Unauthenticated
 from sapo_learner.manifest import Blob
-from services.runtime import auth, refusals, watched
+from services.runtime import auth, seldom, watched
 from services.runtime.auth import Credential, Tokens
 from services.runtime.client import ControlPlaneClient
 from services.runtime.http import Door, serving
-from services.runtime.refusals import Refusals
+from services.runtime.metrics import IngestMetrics
 from services.runtime.roles import Role
+from services.runtime.seldom import Refusals
 from services.runtime.settings import Environment
 
 OLD, NEW = "the-old-token-of-the-run", "the-new-token-of-the-run"
@@ -68,15 +71,25 @@ def test_a_changed_file_counts_at_once_and_a_broken_one_never(tmp_path: Path, ca
     path.write_text(f"worker: {NEW}")
     assert (role(tokens, OLD), role(tokens, NEW)) == (None, Role.WORKER)
     assert f"read again, for it has changed: {path}" in caplog.text
+    assert unusable() == 0
     path.write_text("worker: ")
     assert role(tokens, NEW) is Role.WORKER
+    assert unusable() == 1
     path.unlink()
     assert role(tokens, NEW) is role(tokens, NEW) is Role.WORKER
+    assert unusable() == 1
+    path.write_text(f"worker: {NEW}")
+    assert role(tokens, NEW) is Role.WORKER
+    assert unusable() == 0
     said = [each.message for each in caplog.records if each.levelno == logging.ERROR]
     assert len(said) == 2, "each fault once"
     assert all("what was read before stays in force" in each for each in said)
     assert OLD not in caplog.text
     assert NEW not in caplog.text
+
+
+def unusable() -> float | None:
+    return IngestMetrics().registry.get_sample_value("sapo_unusable_secret_files")
 
 
 def test_a_file_is_looked_at_once_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +158,37 @@ async def test_a_client_reads_its_file_again_when_it_is_refused(
         await asks.status()
 
 
+async def test_a_client_that_only_downloads_is_patient_at_every_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its patience begins anew with each, however long the one before is over."""
+    monkeypatch.setattr(auth, "ROTATION_SECONDS", 1.0)
+    content = b"weights"
+    (server := tmp_path / "tokens").write_text(f"worker: {OLD}")
+    (client := tmp_path / "token").write_text(NEW)
+    blob = Blob(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    app = locked(Tokens.in_file(str(server)))
+
+    @app.get("/v1/blobs/{sha256}")
+    async def fetch(sha256: str) -> Response:
+        return Response(content)
+
+    async with serving(app, "127.0.0.1:0") as url:
+        current = [OLD, NEW]
+        async with ControlPlaneClient(
+            url,
+            Credential(file=str(client)),
+            patience=10,
+            waiting=lambda reason: reason and client.write_text(current[0]),
+        ) as asks:
+            await asks.download(blob, tmp_path)
+            (tmp_path / blob.sha256).unlink()
+            await asyncio.sleep(auth.ROTATION_SECONDS)
+            current.reverse()
+            server.write_text(f"worker: {NEW}")
+            await asks.download(blob, tmp_path)
+
+
 async def test_a_refusal_without_a_body_is_understood(tmp_path: Path) -> None:
     """As those to HEAD are, which an upload begins with: the learner ended of it in the middle of an exchange."""
     (server := tmp_path / "tokens").write_text(f"learner: {NEW}")
@@ -202,7 +246,7 @@ def test_who_is_refused_again_and_again_is_said_once_a_minute(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(refusals.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(seldom.time, "monotonic", lambda: clock[0])
     door = Refusals("HTTP")
     for seconds in (1, 2, 3, 59, 61, 62):
         clock[0] = seconds
@@ -213,6 +257,9 @@ def test_who_is_refused_again_and_again_is_said_once_a_minute(
         "HTTP refused 10.0.0.1: wrong token (3 more since it was said last)",
         "HTTP refused 10.0.0.2: wrong token",
     ]
-    for number in range(3 * refusals.MAX_KINDS):
+    for number in range(3):
+        door.note("10.0.0.3", f"GET /v1/groups/{number}: not with this token", kind="not with this token")
+    assert caplog.messages[3:] == ["HTTP refused 10.0.0.3: GET /v1/groups/0: not with this token"]
+    for number in range(3 * seldom.MAX_KINDS):
         door.note("10.0.0.1", f"reason {number}")
-    assert len(door._next) == refusals.MAX_KINDS, "however many reasons somebody invents"
+    assert len(door._notes) == seldom.MAX_KINDS, "however many reasons somebody invents"

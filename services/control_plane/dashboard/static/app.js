@@ -12,19 +12,35 @@ const store = new Store();
 const charts = PANELS.map((panel) => new Chart(panel, store, document.querySelector(`#${panel.section} .panels`)));
 const groups = browser(store);
 
-let asked = false;
+// Drawing takes this share of a page's time at most, for the machine may be the one that trains: a page that takes long to
+// draw, or that nobody gives the time to, draws less often.
+const SHARE = 1 / 50, LONGEST = 10_000;  // ms between two drawings, at most
+let asked = 0, due = 0, took = 0;
+
 function changed() {
   if (asked || document.hidden) return;
-  asked = true;
-  requestAnimationFrame(() => {
-    asked = false;
-    show(store);
-    for (const chart of charts) chart.draw();
-    groups();
+  asked = setTimeout(() => requestAnimationFrame(draw), Math.max(0, due - performance.now()));
+}
+
+function atOnce() {
+  clearTimeout(asked);
+  asked = setTimeout(() => requestAnimationFrame(draw));
+}
+
+function draw() {
+  const begun = performance.now();
+  asked = 0;
+  show(store);
+  for (const chart of charts) chart.draw();
+  groups();
+  setTimeout(() => {  // when all is painted
+    const before = took;
+    took = performance.now() - begun;
+    due = begun + Math.min(LONGEST, before / SHARE, took / SHARE);  // that one alone takes long says nothing
   });
 }
 
-document.addEventListener("visibilitychange", changed);
+document.addEventListener("visibilitychange", atOnce);
 
 const THEMES = ["", "light", "dark"];
 const button = document.getElementById("theme");
@@ -34,7 +50,7 @@ function theme(name) {
   localStorage.setItem("theme", name);
   button.textContent = `theme: ${name || "system"}`;
   for (const chart of charts) chart.clear();
-  changed();
+  atOnce();
 }
 theme(localStorage.getItem("theme") ?? "");
 button.addEventListener("click", () => theme(THEMES[(THEMES.indexOf(localStorage.getItem("theme") ?? "") + 1) % 3]));

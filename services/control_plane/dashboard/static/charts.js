@@ -1,6 +1,6 @@
 // One panel: a title, what to look for, a legend with the numbers under the pointer, and a uPlot chart.
 import uPlot from "./vendor/uPlot.esm.js";
-import { text, number } from "./dom.js";
+import { number, put, text } from "./dom.js";
 
 const HEIGHT = 170;
 const SMOOTHED = 60;  // points beyond which a line is a running mean, over a fiftieth of them
@@ -71,7 +71,7 @@ export class Chart {
       const part = document.createElement("span");
       const value = this.panel.bins && index === null ? "" : at === null ? "-" : number(each.y[at]);
       const mark = part.appendChild(document.createElement("i"));
-      mark.style.background = style(`--c${each.colour ?? place}`);
+      mark.style.background = `var(--c${each.colour ?? place})`;
       const band = each.low && at !== null ? ` (${number(each.low[at])} to ${number(each.high[at])})` : "";
       const old = index === null && !this.panel.bins && at !== null && at < x.length - 1 && series.length > 1 ? ` (step ${number(x[at])})` : "";
       part.append(`${each.label ? `${each.label} ` : ""}${value}${band}${old}`);
@@ -79,7 +79,7 @@ export class Chart {
     });
     const last = index ?? x.length - 1;
     if (last >= 0 && x.length) parts.push(text("span", this.place(index, x[last]), "at"));
-    this.legend.replaceChildren(...parts);
+    put(this.legend, parts);
   }
 
   // Of bins only the one under the pointer has a meaning; else it is said of which step they are.

@@ -23,9 +23,19 @@ export function seconds(value) {
   return value < 6000 ? `${(value / 60).toFixed(0)} min` : `${(value / 3600).toFixed(1)} h`;
 }
 
+// Children in place of those that are there. One that is like the one in its place is left out: nothing is laid out again.
+export function put(parent, children) {
+  children.forEach((child, index) => {
+    const there = parent.childNodes[index];
+    if (!there) parent.append(child);
+    else if (!there.isEqualNode(child)) there.replaceWith(child);
+  });
+  while (parent.childNodes.length > children.length) parent.lastChild.remove();
+}
+
 // Rows of a table body: [[cell, ...], ...] with a cell a string, or { say, name }.
 export function rows(body, content, nameOf = () => "") {
-  body.replaceChildren(...content.map((cells, index) => {
+  put(body, content.map((cells, index) => {
     const row = document.createElement("tr");
     row.className = nameOf(index);
     row.append(...cells.map((cell) => (typeof cell === "object" ? text("td", cell.say, cell.name) : text("td", cell))));

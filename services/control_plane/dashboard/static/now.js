@@ -1,5 +1,5 @@
 // The moment: state and progress, alerts, services, workers, ledger.
-import { number, rows, seconds, text } from "./dom.js";
+import { number, put, rows, seconds, text } from "./dom.js";
 
 const of = (id) => document.getElementById(id);
 const OUTCOMES = ["trained", "degenerate", "stale", "invalid", "refused", "skipped", "backlog"];
@@ -8,16 +8,16 @@ export function show(store) {
   const now = store.now;
   if (!now) return;
   document.title = `${now.alerts.length ? `(${now.alerts.length}) ` : ""}${now.run}: step ${now.step} - sapo`;
-  of("run").textContent = now.run;
-  of("state").textContent = now.state;
-  of("step").textContent = `step ${now.step} of ${now.steps}`;
+  for (const [id, said] of Object.entries({ run: now.run, state: now.state, step: `step ${now.step} of ${now.steps}` })) {
+    put(of(id), [document.createTextNode(said)]);
+  }
   Object.assign(of("progress"), { max: now.steps, value: Math.min(now.step, now.steps) });
   alerts(now.alerts);
   figures(store);
   services(now);
   workers(now);
   ledger(now.ledger);
-  of("notes").replaceChildren(...now.notes.map((note) => text("li", note)));
+  put(of("notes"), now.notes.map((note) => text("li", note)));
 }
 
 let saidAlerts = "";
@@ -42,7 +42,7 @@ function figures(store) {
     "tokens trained/s": number(Math.round(steps.last("tokens_per_second") ?? 0)), "groups ready": number(now.groups_ready),
     "open leases": number(now.open_leases),
   };
-  of("figures").replaceChildren(...Object.entries(found).filter(([, value]) => value !== "-").map(([name, value]) => {
+  put(of("figures"), Object.entries(found).filter(([, value]) => value !== "-").map(([name, value]) => {
     const box = document.createElement("div");
     box.append(text("dt", name), text("dd", value));
     return box;
@@ -79,5 +79,5 @@ function ledger(found) {
   const verdict = ["sum", { say: found.balanced ? "balances" : "DOES NOT BALANCE", name: found.balanced ? "good" : "bad" }];
   const columns = [...counts, ["open draws", String(found.open_draws)], verdict];
   rows(of("ledger"), [columns.map(([, value]) => value)]);
-  of("ledger-names").replaceChildren(...columns.map(([name]) => Object.assign(text("th", name), { scope: "col" })));
+  put(of("ledger-names"), columns.map(([name]) => Object.assign(text("th", name), { scope: "col" })));
 }

@@ -1,0 +1,23 @@
+#!/bin/sh
+# Makes, into made/ beside this file (git ignores it), a token for each role and Redis' password, and of them what
+# kustomization.yaml takes. What is there already stays, so that it can be edited: docs/security.md says how tokens are
+# exchanged. Taken from the environment, where set: SAPO_REDIS_URL (components/external-redis), HF_TOKEN (components/hub).
+set -eu
+umask 077
+mkdir -p "$(dirname "$0")/made"
+cd "$(dirname "$0")/made"
+
+once() { # file: from standard input, unless it is there
+    if [ -s "$1" ]; then cat >/dev/null; else cat >"$1.new" && mv "$1.new" "$1"; fi
+}
+roles="admin learner worker viewer"
+for name in $roles redis_password; do
+    head -c 64 /dev/urandom | base64 | tr -dc A-Za-z0-9 | cut -c 1-40 | tr -d '\n' | once "$name"
+done
+for role in $roles; do echo "$role: $(cat "$role")"; done | once tokens
+{
+    echo "SAPO_TOKEN=$(cat admin)" # of `kubectl exec`, in the control plane's pod
+    echo "REDIS_PASSWORD=$(cat redis_password)"
+    [ -z "${SAPO_REDIS_URL:-}" ] || echo "SAPO_REDIS_URL=$SAPO_REDIS_URL"
+    [ -z "${HF_TOKEN:-}" ] || echo "HF_TOKEN=$HF_TOKEN"
+} | once secret.env
