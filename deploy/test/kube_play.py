@@ -4,7 +4,7 @@
     deploy/test/kube_play.py --control-plane localhost/sapo/control-plane:dev --learner localhost/sapo/learner:dev
 
 Needs root, kubectl, podman (tried with 4.3), what deploy/kubernetes/secret/make.sh makes, and the images. What podman
-does not do for itself is done here, and named: see STAND_INS. Prints the ledger of the run, and ends with its exit code.
+does not do for itself is done here, and named: see STAND_INS. Prints the ledger of the run; ends with its exit code.
 """
 
 import argparse
