@@ -167,7 +167,7 @@ def test_every_pod_has_the_token_of_its_role_and_nothing_more(manifests: Manifes
     def role(component: str, variable: str) -> Role | None:
         return tokens.role(f"Bearer {given[component][variable]}".encode())
 
-    assert given["rollout"].keys() == {"SAPO_TOKEN_FILE"}
+    assert given["rollout"].keys() - {"HF_TOKEN"} == {"SAPO_TOKEN_FILE"}
     assert role("rollout", "SAPO_TOKEN_FILE") is role("ingest", "SAPO_TOKEN_FILE") is Role.WORKER
     assert role("learner", "SAPO_TOKEN_FILE") is Role.LEARNER
     assert role("control-plane", "SAPO_TOKEN") is Role.ADMIN
