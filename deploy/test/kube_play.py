@@ -115,7 +115,8 @@ def play(text: str, directory: Path, seconds: float) -> int:
     documents = list(yaml.safe_load_all(text))
     (pods, volumes), path, secret = as_pods(documents), directory / "pods.yaml", directory / "secret.json"
     path.write_text(yaml.safe_dump_all(pods, sort_keys=False))
-    secret.write_text(json.dumps(next(each["data"] for each in documents if each["metadata"]["name"] == "sapo")))
+    by_kind = {(each["kind"], each["metadata"]["name"]): each for each in documents}
+    secret.write_text(json.dumps(by_kind["Secret", "sapo"]["data"]))
     images = {each["spec"]["containers"][0]["image"] for each in pods if each["kind"] == "Pod"}
     try:
         podman("secret", "create", "sapo", str(secret))
