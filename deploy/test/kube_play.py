@@ -103,7 +103,8 @@ def _pod(workload: dict[str, Any], secret: dict[str, str]) -> tuple[dict[str, An
     for volume in spec["volumes"]:
         volume["name"] = f"{PREFIX}{name}-{volume['name']}"
         if "secret" in volume:
-            volume["configMap"] = {"name": volume.pop("secret")["secretName"]}
+            secret = volume.pop("secret")
+            volume["configMap"] = {"name": secret.pop("secretName"), **secret}
         if "persistentVolumeClaim" in volume:
             volumes.append(f"{PREFIX}{name}")
             volume["persistentVolumeClaim"]["claimName"] = volumes[-1]

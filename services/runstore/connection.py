@@ -49,11 +49,8 @@ class Connection:
             )
             pool = self._redis.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # of options that are none, connections hear first
-        except (
-            ValueError,
-            TypeError,
-            exceptions.RedisError,
-        ):  # which quote what they took for the port, and that may be of the password
+        except (ValueError, TypeError, AttributeError, exceptions.RedisError):
+            # Not what they say: they quote what they took for the port, and that may be of the password.
             raise ConfigError(
                 "not a Redis address, or with an option behind ? that is none",
                 fix="SAPO_REDIS_URL=redis://:PASSWORD@HOST:PORT/0, in the password % and two hexadecimal digits for "

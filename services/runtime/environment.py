@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from sapo_learner.errors import ConfigError
 from services.runtime.auth import Credential, Tokens
@@ -44,6 +44,9 @@ class Environment(BaseSettings):
             wrong = error.errors(include_input=False, include_url=False)[0]
             name = str(wrong["loc"][0]).removeprefix("sapo_").upper()
             raise ConfigError(wrong["msg"], where=f"environment SAPO_{name}", fix="set it anew, or unset it") from None
+        except SettingsError:
+            fix = "a directory with a text file for each secret"
+            raise ConfigError("cannot be read", where="environment SAPO_SECRETS_DIR", fix=fix) from None
 
     def require(self, name: str) -> str:
         """The value of SAPO_<NAME>, or a ConfigError that says so."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -185,6 +186,7 @@ class _Protocol(H11Protocol):
     _head_timer: asyncio.TimerHandle
     _head_after: Any = None  # the request before the head that the timer is for
     _take_timer: asyncio.TimerHandle | None = None  # while more waits for the client than buffers should hold
+    _taken_when_idle = -1
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -216,16 +218,24 @@ class _Protocol(H11Protocol):
         self._taken()
         super().resume_writing()
 
+    def timeout_keep_alive_handler(self) -> None:
+        """An answer that is still on its way is no idle connection: under TLS, closing would cut it."""
+        if (taken := taken_bytes(self.transport)) == self._taken_when_idle:
+            super().timeout_keep_alive_handler()
+            return
+        self._taken_when_idle = taken
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
     def _await_taking(self) -> None:
-        left = self.transport.get_write_buffer_size()
-        self._take_timer = self.loop.call_later(TAKE_SECONDS, self._end_unless_taken, left)
+        taken = taken_bytes(self.transport)
+        self._take_timer = self.loop.call_later(TAKE_SECONDS, self._end_unless_more_than, taken)
 
     def _taken(self) -> None:
         if self._take_timer:
             self._take_timer.cancel()
 
-    def _end_unless_taken(self, left: int) -> None:
-        if self.transport.get_write_buffer_size() < left:
+    def _end_unless_more_than(self, taken: int) -> None:
+        if taken_bytes(self.transport) > taken:
             self._await_taking()
             return
         if count := _unread_note.due():
@@ -241,6 +251,20 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
+def taken_bytes(transport: asyncio.Transport) -> int:
+    """How many the peer's system has acknowledged. Where ours does not tell: less, the more waits here.
+
+    What waits here is not enough to tell a slow peer: it shrinks when the kernel's buffer, of megabytes, is far enough
+    down, and under TLS there is another below it.
+    """
+    try:
+        told = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED + 8)
+        return int(struct.unpack_from("Q", told, _ACKED)[0])
+    except (OSError, AttributeError, struct.error):
+        return -transport.get_write_buffer_size()
+
+
+_ACKED = 120  # where Linux' struct tcp_info has tcpi_bytes_acked
 _strangers: dict[_Protocol, None] = {}  # of which no request has come yet, the oldest first
 _note, _unread_note = Seldom(), Seldom()
 logging.getLogger("uvicorn.error").addFilter(SeldomWarnings())

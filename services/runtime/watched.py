@@ -3,9 +3,10 @@
 import hashlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sapo_learner.errors import ConfigError, SapoError
 
@@ -15,12 +16,14 @@ LOOK_SECONDS = 1.0  # between two looks
 MAX_BYTES = 1 << 20  # of one file
 
 
-_unusable: set[str] = set()
+_all: "weakref.WeakSet[Watched[Any]]" = weakref.WeakSet()
 
 
-def unusable() -> frozenset[str]:
+def unusable() -> set[str]:
     """Paths of files that have changed, and with which nothing can be done."""
-    return frozenset(_unusable)
+    for each in [*_all]:
+        each.get()
+    return {path for each in [*_all] if each.unusable for path in each.paths}
 
 
 class Watched(Generic[T]):
@@ -36,6 +39,15 @@ class Watched(Generic[T]):
         contents = self._read()
         self._seen, self._value = _digest(contents), make(contents)
         self._next_look = time.monotonic() + LOOK_SECONDS
+        _all.add(self)
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for _, path in self._files]
+
+    @property
+    def unusable(self) -> bool:
+        return bool(self._said)
 
     def get(self, *, now: bool = False) -> T:
         """now: also when the last look was a moment ago."""
@@ -45,16 +57,13 @@ class Watched(Generic[T]):
         return self._value
 
     def _look(self) -> None:
-        paths = [path for _, path in self._files]
         try:
             contents = self._read()
             if (seen := _digest(contents)) != self._seen:
                 self._value, self._seen = self._make(contents), seen
-                log.info("read again, for it has changed: %s", ", ".join(paths))
+                log.info("read again, for it has changed: %s", ", ".join(self.paths))
             self._said = ""
-            _unusable.difference_update(paths)
         except SapoError as error:
-            _unusable.update(paths)
             if self._said != str(error):
                 log.error("%s; what was read before stays in force", error)
             self._said = str(error)

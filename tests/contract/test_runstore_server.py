@@ -67,7 +67,7 @@ async def test_a_server_that_is_not_there_is_named_without_its_password(tmp_path
         await RunStore.connect("http://localhost", "r")
 
 
-@pytest.mark.parametrize("option", ["hush=1", "socket_timeout=hush", "ssl_keyfile=hush"])
+@pytest.mark.parametrize("option", ["hush=1", "socket_timeout=hush", "ssl_keyfile=hush", "retry=1"])
 async def test_an_option_that_is_none_is_a_mistake_in_the_address(option):
     with pytest.raises(ConfigError, match=r"an option behind \? that is none") as raised:
         await RunStore.connect(f"redis://localhost:6379/0?{option}", "r", timeout=0.3)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from services.runtime.roles import Role
 from services.runtime.settings import Environment
 from tests import kubernetes
 from tests.documents import ROOT
-from tests.kubernetes import KUBERNETES, OVERLAYS, Manifests, unexplained_variables
+from tests.kubernetes import KUBERNETES, OVERLAYS, Manifests, copied, unexplained_variables
 
 NEWEST = sorted({kubernetes_schemas.major_minor(each) for each in kubernetes_schemas.all_versions()},
                 key=lambda each: tuple(map(int, each.split("."))))[-3:]  # fmt: skip
@@ -148,7 +149,8 @@ def secrets_of(manifests: Manifests, component: str) -> dict[str, str]:
     for volume in pod.pod["volumes"]:
         if "secret" in volume:
             (mount,) = [each for each in pod.container["volumeMounts"] if each["name"] == volume["name"]]
-            for name, value in _secret(manifests, volume["secret"]["secretName"]).items():
+            values, chosen = _secret(manifests, volume["secret"]["secretName"]), volume["secret"].get("items")
+            for name, value in ({each["path"]: values[each["key"]] for each in chosen} if chosen else values).items():
                 path = f"{mount['mountPath']}/{name}"
                 (variable,) = [key for key, each in pod.environment.items() if each.get("value") == path]
                 found[variable] = value
@@ -170,9 +172,9 @@ def test_every_pod_has_the_token_of_its_role_and_nothing_more(manifests: Manifes
     assert given["rollout"].keys() - {"HF_TOKEN"} == {"SAPO_TOKEN_FILE"}
     assert role("rollout", "SAPO_TOKEN_FILE") is role("ingest", "SAPO_TOKEN_FILE") is Role.WORKER
     assert role("learner", "SAPO_TOKEN_FILE") is Role.LEARNER
-    assert role("control-plane", "SAPO_TOKEN") is Role.ADMIN
+    assert role("control-plane", "SAPO_TOKEN_FILE") is Role.ADMIN
     assert given["ingest"]["SAPO_TOKENS_FILE"] == given["control-plane"]["SAPO_TOKENS_FILE"]
-    assert {"SAPO_TOKEN", "SAPO_TOKENS_FILE"}.isdisjoint(given["learner"])
+    assert "SAPO_TOKENS_FILE" not in given["learner"]
 
 
 def test_secrets_are_made_once_each_another_and_readable_by_nobody_else(kubernetes_tree: Path) -> None:
@@ -184,6 +186,21 @@ def test_secrets_are_made_once_each_another_and_readable_by_nobody_else(kubernet
     assert {path.stat().st_mode & 0o077 for path in made.iterdir()} == {0}
     subprocess.run([made.parent / "make.sh"], check=True, timeout=20)
     assert {path.name: path.read_text() for path in made.iterdir()} == before
+
+
+def test_what_is_given_later_is_added_and_what_contradicts_is_said(tmp_path: Path) -> None:
+    copy = copied(tmp_path / "kubernetes") / "secret"
+
+    def make(**given: str) -> "subprocess.CompletedProcess[str]":
+        environment = {"PATH": os.environ["PATH"], **given}
+        return subprocess.run([copy / "make.sh"], env=environment, capture_output=True, text=True, timeout=20)
+
+    for _ in range(2):
+        assert make(HF_TOKEN="hub", SAPO_REDIS_URL="rediss://:a@host/0").returncode == 0
+    lines = (copy / "made" / "secret.env").read_text().splitlines()
+    assert lines[1:] == ["SAPO_REDIS_URL=rediss://:a@host/0", "HF_TOKEN=hub"]
+    refused = make(HF_TOKEN="another")
+    assert (refused.returncode, refused.stderr) == (1, "made/secret.env has another HF_TOKEN already: edit it there\n")
 
 
 def test_a_variable_is_defined_before_the_one_that_is_made_of_it(manifests: Manifests) -> None:

@@ -15,9 +15,14 @@ for name in $roles redis_password; do
     head -c 64 /dev/urandom | base64 | tr -dc A-Za-z0-9 | cut -c 1-40 | tr -d '\n' | once "$name"
 done
 for role in $roles; do echo "$role: $(cat "$role")"; done | once tokens
-{
-    echo "SAPO_TOKEN=$(cat admin)" # of `kubectl exec`, in the control plane's pod
-    echo "REDIS_PASSWORD=$(cat redis_password)"
-    [ -z "${SAPO_REDIS_URL:-}" ] || echo "SAPO_REDIS_URL=$SAPO_REDIS_URL"
-    [ -z "${HF_TOKEN:-}" ] || echo "HF_TOKEN=$HF_TOKEN"
-} | once secret.env
+echo "REDIS_PASSWORD=$(cat redis_password)" | once secret.env
+given() { # variable, its value
+    [ -n "$2" ] || return 0
+    if ! grep -q "^$1=" secret.env; then
+        echo "$1=$2" >>secret.env
+    elif ! grep -qxF "$1=$2" secret.env; then
+        echo "made/secret.env has another $1 already: edit it there" >&2 && exit 1
+    fi
+}
+given SAPO_REDIS_URL "${SAPO_REDIS_URL:-}"
+given HF_TOKEN "${HF_TOKEN:-}"

@@ -1,5 +1,7 @@
 """What stands in SAPO_ variables and cannot be used is named, with its variable."""
 
+from pathlib import Path
+
 import pytest
 
 from sapo_learner.errors import ConfigError
@@ -10,6 +12,13 @@ from services.runtime.settings import Environment
 def test_a_patience_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAPO_PATIENCE_SECONDS", value)
     with pytest.raises(ConfigError, match=r"^environment SAPO_PATIENCE_SECONDS: Input should be .* \(set it anew"):
+        Environment()
+
+
+def test_secrets_in_no_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (path := tmp_path / "secret").write_text("hush")
+    monkeypatch.setenv("SAPO_SECRETS_DIR", str(path))
+    with pytest.raises(ConfigError, match=r"^environment SAPO_SECRETS_DIR: cannot be read"):
         Environment()
 
 

@@ -15,16 +15,21 @@ const groups = browser(store);
 // Drawing takes this share of a page's time at most, for the machine may be the one that trains: a page that takes long to
 // draw, or that nobody gives the time to, draws less often.
 const SHARE = 1 / 50, LONGEST = 10_000;  // ms between two drawings, at most
-let asked = 0, due = 0, took = 0;
+let asked = 0, frame = 0, due = 0, took = 0;
 
 function changed() {
   if (asked || document.hidden) return;
-  asked = setTimeout(() => requestAnimationFrame(draw), Math.max(0, due - performance.now()));
+  ask(Math.max(0, due - performance.now()));
 }
 
 function atOnce() {
   clearTimeout(asked);
-  asked = setTimeout(() => requestAnimationFrame(draw));
+  cancelAnimationFrame(frame);
+  ask(0);
+}
+
+function ask(delay) {
+  asked = setTimeout(() => { frame = requestAnimationFrame(draw); }, delay);
 }
 
 function draw() {
@@ -39,8 +44,6 @@ function draw() {
     due = begun + Math.min(LONGEST, before / SHARE, took / SHARE);  // that one alone takes long says nothing
   });
 }
-
-document.addEventListener("visibilitychange", atOnce);
 
 const THEMES = ["", "light", "dark"];
 const button = document.getElementById("theme");
@@ -58,6 +61,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => them
 
 connect(store, {
   changed,
+  loaded: atOnce,
   said(what, kind) {
     const chip = document.getElementById("connection");
     chip.textContent = what;

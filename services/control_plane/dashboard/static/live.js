@@ -1,7 +1,7 @@
 // The connection: everything once, then what is new as server-sent events, and everything again after an interruption.
 // A tab in the background has none: a browser opens six connections to one server, and every stream keeps one.
 
-export function connect(store, { changed, said }) {
+export function connect(store, { changed, loaded, said }) {
   let loading = null, waiting = [], source = null;
 
   async function load() {
@@ -17,7 +17,7 @@ export function connect(store, { changed, said }) {
       for (const news of waiting.splice(0)) store.take(news);
       loading = null;
       said("live", "good");
-      changed();
+      loaded();
     }).catch((error) => {
       loading = null;
       said(`${error.message}; trying again`, "bad");
