@@ -13,7 +13,7 @@ import pytest
 from sapo_learner.errors import Unavailable
 from services.control_plane.dashboard import live
 from services.control_plane.dashboard.live import BUFFERED, TABS, Broadcaster
-from services.runtime import http
+from services.runtime import connections
 from tests.services.control_plane.test_dashboard_history import line
 from tests.shown_group import shown_group
 from tests.small_run import TOKEN, Learner, Running, heartbeat
@@ -165,7 +165,7 @@ async def test_a_tab_that_stops_reading_loses_its_connection(
     running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its buffers fill; then the server hangs up, rather than hold what nobody will ever read."""
-    monkeypatch.setattr(http, "TAKE_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "TAKE_SECONDS", 0.2)
     host, port = running.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
     writer.write(f"GET /v1/live HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())

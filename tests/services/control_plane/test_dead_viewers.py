@@ -12,7 +12,7 @@ from fastapi import FastAPI, Response
 
 from services.control_plane.record import read
 from services.runstore import EmbeddedRedis
-from services.runtime import http
+from services.runtime import connections, http
 from services.runtime.http import serving
 from services.runtime.seldom import Seldom
 from services.runtime.settings import RunConfig
@@ -78,8 +78,8 @@ async def test_who_reads_nothing_loses_the_connection(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(http, "TAKE_SECONDS", 0.3)
-    monkeypatch.setattr(http, "_unread_note", Seldom(3600))
+    monkeypatch.setattr(connections, "TAKE_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "_unread_note", Seldom(3600))
     async with control_plane(config, redis.url) as running, asyncio.timeout(30):
         await Learner(running).start()
         _, viewer = await _asked(running.url, path)
@@ -97,7 +97,7 @@ async def test_who_reads_slowly_keeps_the_connection(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Also where the buffers on the way empty much more slowly than it is looked at."""
-    monkeypatch.setattr(http, "TAKE_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "TAKE_SECONDS", 0.5)
     async with control_plane(config, redis.url) as running, asyncio.timeout(60):
         await Learner(running).start()
         reader, writer = await _asked(running.url, "/metrics")

@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 
 from services.control_plane.dashboard import pages
+from services.runtime import connections
 from services.runtime import http as http_module
 from services.runtime.http import parse_address
 from tests.small_run import TOKEN, Learner, Running
@@ -23,7 +24,7 @@ HALVES = {
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_module, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
     monkeypatch.setattr(http_module, "BODY_SECONDS", 0.2)
     monkeypatch.setattr(pages, "FORM_SECONDS", 0.2)
 

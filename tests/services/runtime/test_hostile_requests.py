@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from starlette.types import Message
 
+from services.runtime import connections
 from services.runtime import http as http_module
 from services.runtime.api import MAX_DEPTH
 from services.runtime.http import parse_address
@@ -80,7 +81,7 @@ async def test_a_record_as_deep_as_is_allowed_is_kept(
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_module, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
     monkeypatch.setattr(http_module, "BODY_SECONDS", 0.5)
 
 

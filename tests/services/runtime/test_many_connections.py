@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 
 from services.control_plane import routes
-from services.runtime import http
+from services.runtime import connections
 from services.runtime.http import parse_address
 from services.runtime.seldom import Seldom, SeldomWarnings
 from tests.descriptors import require_many
@@ -62,20 +62,20 @@ async def goes_on(running: Running) -> None:
 async def test_connections_that_ask_nothing_make_room_for_those_that_ask(
     running: Running, learner: Learner, crowd: Crowd, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(http, "_note", Seldom(3600))
+    monkeypatch.setattr(connections, "_note", Seldom(3600))
     await crowd.gather(THOUSAND, "GET /v1/status HT")
     await goes_on(running)
-    still = await crowd.open(http.MAX_STRANGERS)
+    still = await crowd.open(connections.MAX_STRANGERS)
     assert still == crowd.lines[-len(still) :], "the oldest go first"
     said = [record.message for record in caplog.records if "ask nothing" in record.message]
     assert len(said) == 1, "however many there are"
-    assert f"more than {http.MAX_STRANGERS} connections that ask nothing: 1 closed" in said[0]
+    assert f"more than {connections.MAX_STRANGERS} connections that ask nothing: 1 closed" in said[0]
 
 
 async def test_a_client_that_asks_in_time_stays_however_many_come_after_it(
     running: Running, crowd: Crowd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "MAX_STRANGERS", 3)
+    monkeypatch.setattr(connections, "MAX_STRANGERS", 3)
     await crowd.gather(1, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
     async with asyncio.timeout(10):
         assert await crowd.lines[0][0].readuntil(b'"alive"}')
