@@ -110,6 +110,7 @@ MAY_BE_ZERO = {
     "sapo_ledger_problems", "sapo_worker_probe_misses_total", "sapo_rollout_probe_misses_total",
     "sapo_ingest_forgotten_groups_total", "sapo_rollout_dropped_samples_total", "sapo_rollout_scoring_failures_total",
     "sapo_weight_sync_failures_total", "sapo_record_writer_lost_lines_total", "sapo_learner_clamped_ratio",
+    "sapo_unusable_secret_files",
     "sapo_evaluation_step",  # until the second evaluation
     "sapo_learner_mfu",  # the peak of a CPU is not known
 }  # fmt: skip
