@@ -97,11 +97,11 @@ async def test_who_reads_slowly_keeps_the_connection(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Also where the buffers on the way empty much more slowly than it is looked at."""
-    monkeypatch.setattr(connections, "TAKE_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "TAKE_SECONDS", 2.0)
     async with control_plane(config, redis.url) as running, asyncio.timeout(60):
         await Learner(running).start()
         reader, writer = await _asked(running.url, "/metrics")
-        for _ in range(15):
+        for _ in range(20):
             assert await reader.read(4000)
             await asyncio.sleep(0.2)
         assert "nothing was read" not in caplog.text
@@ -121,7 +121,7 @@ async def test_an_answer_that_is_taken_slowly_is_not_cut_by_the_end_of_an_idle_c
         return Response(large)
 
     config = uvicorn.Config
-    monkeypatch.setattr(http.uvicorn, "Config", lambda *given, **named: config(*given, **named, timeout_keep_alive=1))
+    monkeypatch.setattr(http.uvicorn, "Config", lambda *given, **named: config(*given, **named, timeout_keep_alive=2))
     tls = Tls(*made.pair("server"))
     async with serving(app, "127.0.0.1:0", tls) as url, asyncio.timeout(60):
         host, port = url.removeprefix("https://").split(":")
