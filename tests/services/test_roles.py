@@ -190,7 +190,7 @@ async def test_workers_alone_stream_groups(
         await stream.write(hello())
         assert (await stream.read()).WhichOneof("message") == "welcome"
         return
-    code, details = await refusal(stream, hello())
+    code, details = await refusal(stream)
     assert code is grpc.StatusCode.PERMISSION_DENIED
     assert details.endswith(f"a token of role {role} may not do this (use a token of role admin or worker)")
     assert type(from_rpc(await ended(stream), where="")) is Forbidden
@@ -206,7 +206,7 @@ async def ended(stream: Any) -> grpc.aio.AioRpcError:
 async def test_a_call_without_a_token_is_in_the_log_and_health_needs_none(
     ingest: Ingest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    code, _ = await refusal(ingest.open(()), hello())
+    code, _ = await refusal(ingest.open(()))
     assert code is grpc.StatusCode.UNAUTHENTICATED
     assert "gRPC refused 127.0.0.1: Authorization header: wrong or missing token" in caplog.text
     answer = await health_pb2_grpc.HealthStub(ingest.channel).Check(health_pb2.HealthCheckRequest())
